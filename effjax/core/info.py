@@ -1,0 +1,40 @@
+"""What every layer is told about the sequence it works on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SeqInfo:
+    """Positions, documents and randomness of one batch.
+
+    Attributes:
+      positions: int32 [B, T]; the position inside its document, restarting at 0 in each.
+      segment_ids: int32 [B, T] or None; the document of each token, from 1; 0 is padding.
+        Nothing may cross a change of segment. None means one document a row and no padding.
+      rng: a jax PRNG key for dropout and other noise, or None where nothing is random.
+      train: static; True while training.
+    """
+
+    positions: jax.Array
+    segment_ids: jax.Array | None = None
+    rng: jax.Array | None = None
+    train: bool = dataclasses.field(default=False, metadata={'static': True})
+
+    @classmethod
+    def of(cls, batch: int, length: int, **kw) -> 'SeqInfo':
+        """Returns the info of unpacked rows: positions 0..length-1 and no segments."""
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        return cls(positions=positions, **kw)
+
+    def fold(self, *data) -> 'SeqInfo':
+        """Returns the same info with a key of its own, folded from ints (such as a layer index)."""
+        if self.rng is None:
+            return self
+        rng = self.rng
+        for d in data:
+            rng = jax.random.fold_in(rng, d)
+        return dataclasses.replace(self, rng=rng)
