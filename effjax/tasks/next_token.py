@@ -1,0 +1,102 @@
+"""Next-token prediction: the objective of a decoder language model."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from effjax.core.info import SeqInfo
+from effjax.kernels import linear_cross_entropy
+
+# Above this many vocabulary entries a chunk's logits dominate the memory of a small model.
+_CHUNK_VOCAB = 16384
+
+
+class NextToken:
+    """Cross-entropy of each token given those before it in its document, in nats.
+
+    Args:
+      execution: the config's execution block; `loss_chunks` pieces of the head's product.
+      z_loss: weight of `log(Z)^2`, which keeps the logits' scale bounded (PaLM, arXiv 2204.02311).
+    """
+
+    data = 'text'
+
+    def __init__(self, execution: Mapping[str, Any], *, z_loss: float = 0.0):
+        self.z_loss = z_loss
+        self.chunks = execution['loss_chunks']
+
+    def info(self, batch: Mapping[str, jax.Array], rng: jax.Array | None, train: bool) -> SeqInfo:
+        """Returns positions and documents of a batch."""
+        return SeqInfo(
+            positions=batch['positions'], segment_ids=batch.get('segment_ids'), rng=rng, train=train
+        )
+
+    def loss(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo):
+        """Returns (loss_sum, weight, aux) of a batch of int32 [B, T] tokens and targets."""
+        chex.assert_rank(batch['tokens'], 2)
+        chex.assert_equal_shape([batch['tokens'], batch['targets'], batch['weights']])
+        hidden, aux = model(batch['tokens'], info)
+        loss, parts = self._head(model, hidden, batch, self.z_loss)
+        weight = jnp.sum(batch['weights'], dtype=jnp.float32)
+        metrics = {'accuracy': (parts['correct'], weight)}
+        if self.z_loss:
+            metrics['z_loss'] = (parts['z_loss'], weight)
+        for name, value in aux.items():
+            metrics[name] = value
+        return loss, weight, metrics
+
+    def evaluate(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo):
+        """Returns sums of the loss (without z-loss) and of correct predictions."""
+        hidden, _ = model(batch['tokens'], info)
+        loss, parts = self._head(model, hidden, batch, 0.0)
+        weight = jnp.sum(batch['weights'], dtype=jnp.float32)
+        return {'loss': (loss, weight), 'accuracy': (parts['correct'], weight)}
+
+    def metrics(self, sums: Mapping[str, tuple[float, float]], source: Any) -> dict[str, float]:
+        """Returns loss (nats a token), perplexity, accuracy and bits per byte.
+
+        Bits per byte divide the whole split's loss by the raw bytes it came from, so that
+        tokenizers can be compared with each other and with gzip.
+        """
+        loss_sum, weight = sums['loss']
+        loss = loss_sum / max(weight, 1.0)
+        out = {
+            'loss': loss,
+            'perplexity': math.exp(min(loss, 700.0)),
+            'accuracy': sums['accuracy'][0] / max(sums['accuracy'][1], 1.0),
+            'tokens': weight,
+        }
+        if source.bytes:
+            out['bits_per_byte'] = loss_sum / math.log(2.0) / source.bytes
+        return out
+
+    def units(self, batch_size: int, seq_len: int) -> tuple[int, int]:
+        """Returns (examples, tokens) of one batch."""
+        return batch_size, batch_size * seq_len
+
+    def _head(self, model: Any, hidden: jax.Array, batch: Mapping[str, jax.Array], z_loss: float):
+        weight_DV = model.head_weight()
+        rows = hidden.shape[0] * hidden.shape[1]
+        return linear_cross_entropy(
+            hidden.reshape(rows, hidden.shape[-1]),
+            weight_DV,
+            batch['targets'].reshape(rows),
+            batch['weights'].reshape(rows),
+            soft_cap=model.soft_cap,
+            z_loss=z_loss,
+            chunks=self.chunks or _pick_chunks(rows, weight_DV.shape[-1]),
+        )
+
+
+def _pick_chunks(rows: int, vocab: int) -> int:
+    """Pieces so that one piece's logits stay near 2^28 elements, as long as rows divide."""
+    if vocab < _CHUNK_VOCAB:
+        return 1
+    chunks = 1
+    while rows // chunks * vocab > 2**28 and rows % (2 * chunks) == 0:
+        chunks *= 2
+    return chunks

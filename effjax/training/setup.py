@@ -1,0 +1,169 @@
+"""From a config to everything a run needs, before anything compiles."""
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from effjax.core.config import as_dict
+from effjax.core.errors import ConfigError
+from effjax.core.registry import arguments, check_block, lookup
+
+# A vocabulary may be padded up to a multiple of this, for even sharding and fast products.
+VOCAB_MULTIPLE = 128
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Checks every block that the model's builder and the data do not check themselves.
+
+    Raises:
+      ConfigError: unknown kind, unknown or missing argument, wrong type, impossible value.
+    """
+    from effjax.data import SOURCES
+    from effjax.models import MODELS
+    from effjax.precision import PRECISIONS
+    from effjax.tasks import TASKS
+    from effjax.training import OPTIMIZERS, SCHEDULES, schedules, stages
+
+    config = as_dict(config)
+    lookup(MODELS, config['model']['kind'], 'model', 'config.model.kind')
+    lookup(SOURCES, config['data']['kind'], 'data source', 'config.data.kind')
+    check_block(PRECISIONS, config['precision'], 'precision', 'config.precision')
+    task = check_block(TASKS, config['task'], 'task', 'config.task')
+    for stage in stages.plan(config):
+        where = f'config.stages.{stage.index}' if config['stages'] else 'config'
+        check_block(OPTIMIZERS, stage.config['optimizer'], 'optimizer', f'{where}.optimizer')
+        check_block(SCHEDULES, stage.config['schedule'], 'schedule', f'{where}.schedule')
+        schedules.build(stage.config['schedule'])
+        _check_batch(stage.config, where)
+    _check_evals(config)
+    causal_only = config['model']['kind'] == 'decoder'
+    if task.data == 'image' and causal_only:
+        raise ConfigError(
+            f'config.task.kind {config["task"]["kind"]!r} reads images, which model '
+            "'decoder' does not take; use config.model.kind=vit."
+        )
+    if task.data == 'text' and config['model']['kind'] == 'vit':
+        raise ConfigError(
+            f'config.task.kind {config["task"]["kind"]!r} reads text, which model '
+            "'vit' does not take; use config.model.kind=decoder."
+        )
+
+
+def build_task(config: Mapping[str, Any]) -> Any:
+    """Builds the objective of a checked config."""
+    from effjax.tasks import TASKS
+
+    task = lookup(TASKS, config['task']['kind'], 'task')
+    return task(config['execution'], **arguments(config['task']))
+
+
+def resolve(config: dict[str, Any], info: Any) -> dict[str, Any]:
+    """Returns the config with what only the data knows filled into the model's block.
+
+    Args:
+      config: a checked config as plain dicts.
+      info: the dataset's `DataInfo`.
+
+    Raises:
+      ConfigError: a model that does not fit the data (vocabulary, classes, image shape).
+    """
+    model = dict(config['model'])
+    task = build_task(config)
+    if info.kind != task.data:
+        raise ConfigError(
+            f'config.task.kind {config["task"]["kind"]!r} needs {task.data} data, but '
+            f'config.data.kind {config["data"]["kind"]!r} gives {info.kind}.'
+        )
+    if info.kind == 'text':
+        model['vocab_size'] = _vocabulary(model.get('vocab_size', 0), info.vocab_size)
+    else:
+        _fill_image(model, info)
+    return {**config, 'model': model}
+
+
+def environment() -> dict[str, Any]:
+    """Returns versions and devices, for `summary.json`."""
+    import flax
+    import jax
+    import numpy
+    import optax
+
+    from effjax import __version__
+
+    device = jax.devices()[0]
+    return {
+        'effjax': __version__,
+        'python': sys.version.split()[0],
+        'jax': jax.__version__,
+        'flax': flax.__version__,
+        'optax': optax.__version__,
+        'numpy': numpy.__version__,
+        'platform': platform.platform(),
+        'device': device.device_kind,
+        'backend': device.platform,
+        'devices': jax.device_count(),
+        'processes': jax.process_count(),
+        'xla_flags': os.environ.get('XLA_FLAGS', ''),
+    }
+
+
+def _vocabulary(size: int, known: int) -> int:
+    if size == 0:
+        return known
+    padded = -(-known // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if size < known:
+        raise ConfigError(
+            f'config.model.vocab_size {size} is smaller than the tokenizer, which has {known} ids; '
+            'set it to 0 to take the tokenizer’s size.'
+        )
+    if size > padded:
+        raise ConfigError(
+            f'config.model.vocab_size {size} is larger than the {known} ids of the tokenizer '
+            f'(padded to a multiple of {VOCAB_MULTIPLE}: {padded}), so rows would never be '
+            'trained; set it to 0 to take the tokenizer’s size.'
+        )
+    return size
+
+
+def _fill_image(model: dict[str, Any], info: Any) -> None:
+    height, width, channels = info.image_shape
+    if height != width:
+        raise ConfigError(f'images must be square, got {height}x{width}.')
+    for key, value in (('image_size', height), ('channels', channels), ('classes', info.classes)):
+        if model.get(key, 0) in (0, None):
+            model[key] = value
+        elif model[key] != value:
+            raise ConfigError(f'config.model.{key} is {model[key]}, but the data has {value}.')
+
+
+def _check_batch(config: Mapping[str, Any], where: str) -> None:
+    if config['batch_size'] % config['accumulate']:
+        raise ConfigError(
+            f'{where}.batch_size {config["batch_size"]} is not divisible by accumulate '
+            f'{config["accumulate"]}.'
+        )
+
+
+EVAL_KEYS = {'every_steps': 0, 'every_share': 0.0, 'batches': 0, 'split': 'valid', 'batch_size': 0}
+
+
+def _check_evals(config: Mapping[str, Any]) -> None:
+    from effjax.core.registry import suggest
+
+    for name, block in config['evals'].items():
+        if not isinstance(block, Mapping):
+            raise ConfigError(f'config.evals.{name} must be a block, got {block!r}.')
+        for key, value in block.items():
+            where = f'config.evals.{name}.{key}'
+            if key not in EVAL_KEYS:
+                raise ConfigError(f'unknown key {where}.' + suggest(key, EVAL_KEYS))
+            like = EVAL_KEYS[key]
+            fits = isinstance(value, int | float) if isinstance(like, float) else (
+                type(value) is type(like)
+            )
+            if not fits:
+                raise ConfigError(f'{where} must be {type(like).__name__}, got {value!r}.')
+            if not isinstance(value, str) and value < 0:
+                raise ConfigError(f'{where} must not be negative, got {value!r}.')
