@@ -1,0 +1,126 @@
+"""What all tests share: the tiers, their time limits, CPU devices, the cache and the shared data.
+
+A test's tier is its marker: none (`single`), `mesh`, `ci`, `process` or `slow`. `--tier=NAME` runs
+exactly one tier and says what it left out; without it everything collected runs, except tests
+marked `mesh` in a process that has not 8 simulated devices.
+"""
+
+import os
+import pathlib
+import random
+import re
+from collections import Counter
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Later ones win where a test has several: a `mesh` test marked `slow` is in the tier `slow`.
+TIERS = ('single', 'mesh', 'ci', 'process', 'slow')
+# Seconds a test may take. CI machines are allowed the longer one for every tier.
+LIMITS = {'single': 60, 'mesh': 60, 'ci': 180, 'process': 180, 'slow': 0}
+MESH_DEVICES = 8
+_DEVICE_FLAG = '--xla_force_host_platform_device_count'
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Tokenizers and packed records made by one test serve the others: keyed by content, never stale.
+os.environ.setdefault('EFFJAX_CACHE', str(ROOT / '.cache' / 'tests'))
+# BLAS and XLA already use both cores of a small machine; more threads only fight.
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption('--tier', choices=TIERS, help='run exactly the tests of one tier')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    tier = config.getoption('tier')
+    if tier and os.environ['JAX_PLATFORMS'] != 'cpu':
+        raise pytest.UsageError(f'--tier={tier} runs on the CPU; unset JAX_PLATFORMS.')
+    if tier == 'mesh' and simulated_devices() != MESH_DEVICES:
+        flags = re.sub(rf'{_DEVICE_FLAG}=\d+', '', os.environ.get('XLA_FLAGS', ''))
+        os.environ['XLA_FLAGS'] = f'{flags} {_DEVICE_FLAG}={MESH_DEVICES}'.strip()
+
+
+def simulated_devices() -> int:
+    """Returns how many CPU devices XLA_FLAGS asks for."""
+    found = re.findall(rf'{_DEVICE_FLAG}=(\d+)', os.environ.get('XLA_FLAGS', ''))
+    return int(found[-1]) if found else 1
+
+
+def tier_of(item: pytest.Item) -> str:
+    """Returns the tier of a test: the last of its markers in the order of `TIERS`."""
+    return next((t for t in reversed(TIERS) if item.get_closest_marker(t)), 'single')
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption('tier')
+    kept, left_out = [], []
+    for item in items:
+        tier = tier_of(item)
+        runs = tier == wanted if wanted else tier != 'mesh' or simulated_devices() == MESH_DEVICES
+        (kept if runs else left_out).append(item)
+        limit = max(LIMITS.values()) if os.environ.get('CI') and LIMITS[tier] else LIMITS[tier]
+        if config.getoption('timeout', None) is None and not item.get_closest_marker('timeout'):
+            item.add_marker(pytest.mark.timeout(limit))
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+    config.stash[_LEFT_OUT] = Counter(map(tier_of, left_out))
+    items[:] = kept
+
+
+_LEFT_OUT = pytest.StashKey[Counter]()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, 'workeroutput', None)
+    if output is not None:  # a worker of xdist tells the process that prints the summary
+        output['left_out'] = dict(session.config.stash.get(_LEFT_OUT, Counter()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    left_out = getattr(node, 'workeroutput', {}).get('left_out', {})
+    node.config.stash[_LEFT_OUT] = Counter(left_out)
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    left_out = config.stash.get(_LEFT_OUT, Counter())
+    if not left_out:
+        return
+    counts = ', '.join(f'{left_out[t]} {t}' for t in TIERS if left_out[t])
+    terminalreporter.write_line(
+        f'Left out: {counts}. Run a tier with: python -m pytest --tier=NAME ({", ".join(TIERS)}).'
+    )
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _on_cpu() -> None:
+    """A tier measured on another device would prove nothing about the tolerances written here."""
+    if os.environ['JAX_PLATFORMS'] == 'cpu':
+        import jax
+
+        assert jax.default_backend() == 'cpu'
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Libraries that draw from the global generators draw the same in every order of tests."""
+    import numpy as np
+
+    random.seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope='session')
+def repository() -> pathlib.Path:
+    """The project's root folder."""
+    return ROOT
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> pathlib.Path:
+    """Folder of data sets that are not in the repository: tinyshakespeare, fashion-mnist, ..."""
+    folder = pathlib.Path(os.environ.get('EFFJAX_SHARED_DATA', ROOT.parent / 'shared' / 'data'))
+    if not folder.is_dir():
+        pytest.skip('no folder of shared data; name it with EFFJAX_SHARED_DATA')
+    return folder
