@@ -1,0 +1,119 @@
+"""The peer most people would use: Hugging Face's Llama under torch.compile, with SDPA attention.
+
+Random initialisation from a config, fp32 master weights with bf16 autocast, fused AdamW, causal
+attention without a mask (so that SDPA picks its fastest kernel). Needs the `hf` extra.
+
+    python -m experiments.benchmarks.train_step.peers.hf --shape=374m --steps=10
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+from experiments.benchmarks.train_step.shapes import SHAPES, Shape
+
+
+def build(shape: Shape, device: str):
+    """Returns the model with fp32 weights, and AdamW, fused on a GPU."""
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.length,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation='sdpa',
+    )
+    with torch.device(device):
+        model = transformers.LlamaForCausalLM(config).to(torch.float32).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=3e-4,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        fused=device == 'cuda',
+    )
+    return model, optimizer
+
+
+def bench(shape: Shape, steps: int, rounds: int = 5) -> dict:
+    """Times the training step on random tokens.
+
+    Args:
+      shape: model and batch.
+      steps: steps a round; the device is waited for once a round.
+      rounds: the result is their median.
+
+    Returns:
+      tok_s (tokens a second), step_s and rounds_s (seconds a step), compile_s (the first steps,
+      which compile), peak_bytes (largest allocation since then; None on a CPU), loss after the
+      last step, params.
+    """
+    import torch
+
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision('high')
+    model, optimizer = build(shape, device)
+    forward = torch.compile(model)
+    tokens = torch.randint(shape.vocab, (shape.batch, shape.length), device=device)
+
+    def step() -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            loss = forward(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def wait() -> None:
+        if device == 'cuda':
+            torch.cuda.synchronize()
+
+    def timed(count: int) -> tuple[float, torch.Tensor]:
+        wait()
+        started = time.perf_counter()
+        for _ in range(count):
+            loss = step()
+        wait()
+        return time.perf_counter() - started, loss
+
+    compile_s, _ = timed(2)
+    timed(min(steps, 3))
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(rounds):
+        elapsed, loss = timed(steps)
+        seconds.append(elapsed / steps)
+    return {
+        'tok_s': shape.tokens / statistics.median(seconds),
+        'step_s': statistics.median(seconds),
+        'rounds_s': seconds,
+        'compile_s': compile_s,
+        'peak_bytes': torch.cuda.max_memory_allocated() if device == 'cuda' else None,
+        'loss': float(loss),
+        'params': sum(p.numel() for p in model.parameters()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--shape', choices=SHAPES, default='374m')
+    parser.add_argument('--steps', type=int, default=10)
+    parser.add_argument('--smoke', action='store_true', help='a tiny shape, for a CPU')
+    args = parser.parse_args()
+    shape = SHAPES['smoke' if args.smoke else args.shape]
+    print(json.dumps({'program': 'hf', 'shape': args.shape, **bench(shape, args.steps)}))
+
+
+if __name__ == '__main__':
+    main()
