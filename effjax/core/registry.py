@@ -48,7 +48,9 @@ def lookup(registry: Mapping[str, str], kind: object, what: str, path: str = '')
 
 def parameters(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Returns the component's config arguments: its keyword-only parameters except `rngs`."""
-    signature = inspect.signature(component, eval_str=True)
+    # A class is asked for its __init__: NNX's metaclass hides it behind (*args, **kwargs).
+    target = component.__init__ if inspect.isclass(component) else component
+    signature = inspect.signature(target, eval_str=True)
     return {
         name: p
         for name, p in signature.parameters.items()
