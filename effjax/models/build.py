@@ -1,0 +1,113 @@
+"""`build(config)`: the one seam by which everything else sees a model."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from effjax.core import axes
+from effjax.core.config import as_dict
+from effjax.core.registry import arguments, check_block
+from effjax.models.setup import Execution, Setup
+
+MODELS = {
+    'decoder': 'effjax.models.decoder:Decoder',
+    'vit': 'effjax.models.vit:ViT',
+}
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A model without arrays. Unpacks as (graphdef, abstract_state, shardings).
+
+    Attributes:
+      graphdef: the model's structure.
+      abstract_state: dict(params=, buffers=) of nested dicts of shape structs.
+      shardings: the same tree with a NamedSharding for each leaf.
+      meta: dict(params=, buffers=) with a `core.axes.Meta` for each leaf.
+      model: the abstract module: for costs, never for a forward pass.
+      make: `make(rngs)` builds the real module.
+    """
+
+    graphdef: nnx.GraphDef
+    abstract_state: Tree
+    shardings: Tree
+    meta: Tree
+    model: Any
+    make: Callable[[nnx.Rngs], nnx.Module]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.graphdef, self.abstract_state, self.shardings))
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree]:
+    """Returns (graphdef, dict(params=, buffers=)) with plain nested dicts of arrays."""
+    graphdef, params, buffers = nnx.split(model, nnx.Param, axes.Buffer)
+    return graphdef, {
+        'params': nnx.to_pure_dict(params), 'buffers': nnx.to_pure_dict(buffers)
+    }  # fmt: skip
+
+
+def merge(graphdef: nnx.GraphDef, state: Mapping[str, Tree]) -> Any:
+    """Returns the module with the arrays of `state`, the inverse of `split`."""
+    return nnx.merge(graphdef, state['params'], state['buffers'])
+
+
+def build(config: Mapping[str, Any], *, mesh: jax.sharding.Mesh | None = None) -> Built:
+    """Returns a config's model, abstractly: no device memory is used, nothing is compiled.
+
+    Args:
+      config: a complete config (`core.config.defaults`).
+      mesh: the devices it will live on; None makes the config's mesh.
+
+    Raises:
+      ConfigError: an unknown kind or argument, or values that do not fit together.
+    """
+    config = as_dict(config)
+    component = check_block(MODELS, config['model'], 'model', 'config.model')
+    setup = _setup(config)
+    args = arguments(config['model'])
+
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        return component(setup, **args, rngs=rngs)
+
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    graphdef, params, buffers = nnx.split(model, nnx.Param, axes.Buffer)
+    meta = {'params': axes.metadata(params), 'buffers': axes.metadata(buffers)}
+    _, abstract = split(model)
+    return Built(graphdef, abstract, _shardings(config, meta, abstract, mesh), meta, model, make)
+
+
+def init_params(built: Built, key: jax.Array) -> Tree:
+    """Returns dict(params=, buffers=), initialised under one `jit` and born sharded.
+
+    The values depend on `key` only, not on the mesh or on how layers run.
+    """
+
+    def init(key: jax.Array) -> Tree:
+        return split(built.make(nnx.Rngs(key)))[1]
+
+    return jax.jit(init, out_shardings=built.shardings)(key)
+
+
+def _setup(config: Mapping[str, Any]) -> Setup:
+    from effjax import precision
+
+    return Setup(
+        policy=precision.build(config['precision']).policy,
+        execution=Execution.of(config['execution']),
+        seq_len=config['seq_len'],
+    )
+
+
+def _shardings(config: Mapping[str, Any], meta: Tree, abstract: Tree, mesh: Any) -> Tree:
+    from effjax.parallel.mesh import make_mesh
+    from effjax.parallel.sharding import resolve
+
+    if mesh is None:
+        mesh = make_mesh(config['mesh'])
+    return resolve(meta, abstract, mesh, config['sharding'])

@@ -1,0 +1,281 @@
+"""The decoder language model: an embedding, a causal body, and a head over the vocabulary."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effjax.core.axes import param
+from effjax.core.context import Context
+from effjax.core.cost import Cost, matmul_flops, total
+from effjax.core.errors import ConfigError
+from effjax.core.info import SeqInfo
+from effjax.layers.norms import NORMS
+from effjax.models import blocks
+from effjax.models import body as bodies
+from effjax.models.plan import plan_segments
+from effjax.models.setup import Setup
+
+RMSNORM = MappingProxyType({'kind': 'rmsnorm'})
+ROPE = MappingProxyType({'kind': 'rope', 'base': 10000.0})
+
+Tree = Any
+
+
+class Decoder(nnx.Module):
+    """A causal language model.
+
+    Args:
+      setup: dtypes, execution and the run's sequence length.
+      vocab_size: entries of the vocabulary; the trainer fills in the tokenizer's.
+      width: model width D.
+      layers: blocks; 0 where `segments` say it.
+      mixer: block of config of the sequence mixer.
+      ffn: block of config of the feed-forward part; None for blocks without one.
+      norm: block of config of every norm.
+      positions: dict(kind='rope', base=), 'learned', 'sinusoidal' or 'none'.
+      block: how mixer and ffn are wired: see `models.blocks`.
+      tied: the head is the embedding's transpose.
+      soft_cap: bounds the logits by `cap * tanh(logits / cap)`; None leaves them.
+      bias: projections carry a bias.
+      dropout: rate on the embedding and on sub-block outputs.
+      share: consecutive layers that use one copy of the parameters (ALBERT).
+      segments: `dict(pattern=(dict(mixer=, ffn=, block=), ...), repeat=, share=)`; each block
+        takes what it does not say from the arguments above. Empty: one block, `layers` times.
+      final_norm: a norm before the head.
+      max_len: longest sequence; 0 takes the run's.
+      embed_scale: factor on the token embedding; 0 is sqrt(width) (arXiv 1706.03762).
+      init: initialiser scheme, see `core.context`.
+
+    Raises:
+      ConfigError: values that do not fit together, naming the key.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        vocab_size: int = 0,
+        width: int,
+        layers: int = 0,
+        mixer: Mapping,
+        ffn: Mapping | None,
+        norm: Mapping = RMSNORM,
+        positions: Mapping = ROPE,
+        block: str = 'sequential',
+        tied: bool = True,
+        soft_cap: float | None = None,
+        bias: bool = False,
+        dropout: float = 0.0,
+        share: int = 1,
+        segments: Sequence = (),
+        final_norm: bool = True,
+        max_len: int = 0,
+        embed_scale: float = 1.0,
+        init: str = 'gpt2',
+        rngs: nnx.Rngs,
+    ):
+        _check(vocab_size, width, dropout, soft_cap, max_len, setup.seq_len)
+        default = {'mixer': mixer, 'ffn': ffn, 'block': block}
+        plan = plan_segments(segments, layers, share, default)
+        ctx = Context(
+            width=width,
+            policy=setup.policy,
+            causal=True,
+            depth=sum(s.depth for s in plan),
+            max_len=max_len or setup.seq_len,
+            positions=dict(positions),
+            norm=dict(norm),
+            bias=bias,
+            dropout=dropout,
+            init=init,
+        )
+        self.vocab_size, self.width, self.max_len = vocab_size, width, ctx.max_len
+        self.tied, self.soft_cap, self.rate = tied, soft_cap, float(dropout)
+        self.embed_scale = float(embed_scale or width**0.5)
+        self.policy = setup.policy
+        self._make_tables(ctx, rngs)
+        self.body = bodies.Body(ctx, setup.execution, plan, rngs=rngs)
+        self.norm = (
+            blocks.make_part(NORMS, norm, 'config.model.norm', ctx, rngs=rngs)
+            if final_norm
+            else None
+        )
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """Dtype of activations and of the head's product."""
+        return self.policy.compute_dtype
+
+    def __call__(
+        self, tokens_BT: jax.Array, info: SeqInfo
+    ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+        """Returns (hidden [B, T, D] before the head's product, aux: name -> (sum, weight)).
+
+        Args:
+          tokens_BT: int32.
+          info: positions and documents of the batch.
+
+        Raises:
+          ConfigError: more tokens a row than the model was built for.
+        """
+        hidden, _, aux = self._forward(tokens_BT, info, None, False)
+        return hidden, bodies.metrics(aux)
+
+    def head_weight(self) -> jax.Array:
+        """Returns the head's weight [D, V] in the compute dtype."""
+        if self.head is None:
+            return self.policy.cast(self.embedding[...]).T
+        return self.policy.cast(self.head[...])
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 logits [..., V] of hidden [..., D]; training never holds them whole."""
+        with jax.named_scope('head'):
+            out = jnp.einsum(
+                '...D,DV->...V', hidden, self.head_weight(), preferred_element_type=jnp.float32
+            )
+            return self.soft_cap * jnp.tanh(out / self.soft_cap) if self.soft_cap else out
+
+    def init_state(self, batch: int, max_len: int, dtype: Any = None) -> Tree:
+        """Returns an empty decoding state for `max_len` tokens.
+
+        Raises:
+          ConfigError: longer than the model was built for.
+        """
+        self._check_length(max_len)
+        cache = self.body.init_state(batch, max_len, dtype or self.compute_dtype)
+        return {'body': cache, 'position': jnp.zeros(batch, jnp.int32)}
+
+    def prefill(
+        self, tokens_BT: jax.Array, state: Tree, info: SeqInfo | None = None
+    ) -> tuple[jax.Array, Tree]:
+        """Reads tokens at once, continuing from `state`; returns (hidden [B, T, D], state).
+
+        Args:
+          tokens_BT: int32.
+          state: from `init_state`, or what an earlier call returned.
+          info: default: one document, whose positions continue the state's. Padding (segment 0)
+            leaves a row's state as it was.
+        """
+        if info is None:
+            info = SeqInfo.of(*tokens_BT.shape)
+            info = SeqInfo(positions=info.positions + state['position'][:, None])
+        hidden, cache, _ = self._forward(tokens_BT, info, state['body'], True)
+        position = info.positions + 1
+        if info.segment_ids is not None:
+            position = jnp.where(info.segment_ids > 0, position, 0)
+            last = jnp.max(jnp.where(position > 0, jnp.arange(position.shape[1]), -1), 1)
+            taken = jnp.take_along_axis(position, jnp.maximum(last, 0)[:, None], 1)[:, 0]
+            return hidden, {'body': cache, 'position': jnp.where(last < 0, state['position'], taken)}
+        return hidden, {'body': cache, 'position': position[:, -1]}
+
+    def step(
+        self, token_B: jax.Array, state: Tree, *, reset: jax.Array | None = None
+    ) -> tuple[jax.Array, Tree]:
+        """Advances each row by one token; returns (hidden [B, D], state).
+
+        Args:
+          token_B: int32.
+          state: from `init_state`, `prefill` or `step`.
+          reset: bool [B]; True starts a new document with this token.
+        """
+        chex.assert_rank(token_B, 1)
+        position = state['position']
+        if reset is not None:
+            position = jnp.where(reset, 0, position)
+        x_BD = self._embed(token_B, position)
+        x_BD, cache = self.body.step(x_BD, state['body'], reset)
+        return self._final(x_BD), {'body': cache, 'position': position + 1}
+
+    def cost(self, batch: int, seq_len: int) -> dict[str, Cost]:
+        """Returns the cost by part: 'embedding', each mixer's kind, 'ffn', 'norm', 'head'."""
+        tokens, itemsize = batch * seq_len, self.compute_dtype.itemsize
+        table = self.vocab_size * self.width
+        positions = self.max_len * self.width if self.position_table is not None else 0
+        used = self.width * (2 if positions else 1)  # a look-up reads one row of each table
+        out = self.body.cost(batch, seq_len)
+        if self.norm is not None:
+            out['norm'] += blocks.norm_cost(self.norm, self.width, tokens, itemsize)
+        return {
+            'embedding': Cost(
+                params=table + positions,
+                params_used=used,
+                activation_bytes=tokens * self.width * itemsize,
+                state_bytes=4 * batch,
+            ),
+            **out,
+            'head': Cost(
+                matmul=matmul_flops(tokens, self.width, self.vocab_size),
+                params=0 if self.tied else table,
+                params_used=table,
+                activation_bytes=tokens * self.width * itemsize,
+            ),
+        }
+
+    def param_count(self) -> int:
+        """Returns the number of parameters."""
+        return total(self.cost(1, 1).values()).params
+
+    def _make_tables(self, ctx: Context, rngs: nnx.Rngs) -> None:
+        dtype = ctx.policy.param_dtype
+
+        def normal(shape: tuple[int, ...], std: float) -> jax.Array:
+            return std * jax.random.normal(rngs.params(), shape, dtype)
+
+        vocab, width = self.vocab_size, self.width
+        self.embedding = param(normal((vocab, width), 0.02), ('vocab', 'embed'))
+        learned = ctx.positions['kind'] == 'learned'
+        self.position_table = (
+            param(normal((self.max_len, width), 0.01), ('position', 'embed')) if learned else None
+        )
+        self.head = (
+            None if self.tied else param(normal((width, vocab), 0.02), ('embed', 'vocab'))
+        )
+
+    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        with jax.named_scope('embedding'):
+            x = self.policy.cast(jnp.take(self.embedding[...], tokens, 0))
+            if self.embed_scale != 1.0:
+                x = x * self.embed_scale
+            return x
+
+    def _forward(self, tokens_BT: jax.Array, info: SeqInfo, state: Tree, return_state: bool):
+        chex.assert_rank(tokens_BT, 2)
+        chex.assert_equal_shape([tokens_BT, info.positions])
+        self._check_length(tokens_BT.shape[1])
+        x_BTD = self._embed(tokens_BT, info.positions)
+        x_BTD = blocks.dropout(x_BTD, self.rate, info.fold(blocks.EMBEDDING))
+        x_BTD, state, aux = self.body(x_BTD, info, state, return_state)
+        return self._final(x_BTD), state, aux
+
+    def _final(self, x: jax.Array) -> jax.Array:
+        with jax.named_scope('norm'):
+            return x if self.norm is None else self.norm(x)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.max_len:
+            raise ConfigError(
+                f'a sequence of {length} tokens is longer than the {self.max_len} positions that '
+                'the model was built for; raise config.model.max_len.'
+            )
+
+
+def _check(
+    vocab_size: int, width: int, dropout: float, soft_cap: float | None, max_len: int, seq_len: int
+) -> None:
+    for key, value in (('vocab_size', vocab_size), ('width', width)):
+        if value < 1:
+            raise ConfigError(f'config.model.{key} must be at least 1, got {value}.')
+    if not 0 <= dropout < 1:
+        raise ConfigError(f'config.model.dropout must be at least 0 and below 1, got {dropout}.')
+    if soft_cap is not None and soft_cap <= 0:
+        raise ConfigError(f'config.model.soft_cap must be positive or None, got {soft_cap}.')
+    if max_len and max_len < seq_len:
+        raise ConfigError(
+            f'config.seq_len {seq_len} is longer than the {max_len} positions of '
+            'config.model.max_len; raise max_len, or set it to 0 to follow seq_len.'
+        )
