@@ -21,6 +21,7 @@ from flax import nnx
 from effjax.core.context import Context
 from effjax.core.cost import Cost
 from effjax.core.info import SeqInfo
+from effjax.kernels import save_attention
 from effjax.models import blocks
 from effjax.models.plan import SegmentSpec
 from effjax.models.setup import Execution
@@ -31,11 +32,13 @@ Tree = Any
 def remat_policy(name: str) -> Callable[..., Any] | None:
     """Returns the `jax.checkpoint` policy of a remat mode, None where nothing is saved.
 
-    'dots' saves results of products without batch dimensions, which are those with weights:
-    attention scores, elementwise results and norms are recomputed.
+    'dots' saves results of products without batch dimensions, which are those with weights, and
+    what attention's backward pass needs; elementwise results and norms are recomputed.
     """
     if name == 'dots':
-        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable, save_attention
+        )
     return None
 
 
