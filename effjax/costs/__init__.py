@@ -1,0 +1,37 @@
+"""What a run costs: FLOPs, seconds, memory, joules.
+
+  `Ledger`        what was computed: FLOPs per part, tokens, examples, steps, waste; saved.
+  `Clock`         where the seconds went: compile, train, eval, checkpoint, data, other; saved.
+  `walk`          FLOPs that a function really executes, from its jaxpr (rematerialisation too).
+  `peak_flops`, `mfu`   peak of a device, and utilisation with its convention in words.
+  `meters`        memory and energy; each returns None where the hardware has no counter.
+  `formulas`      closed forms: 6ND, device-hours, bytes of a KV cache.
+  `svg`           line plots as SVG text, for reports.
+
+The convention of what counts is written in docs/costs.md. Nothing here knows a model family: parts
+state their own `core.cost.Cost`. `costs` imports `core` only, and formulas of
+`kernels/<op>/cost.py` by name, on look-up (`flops.KERNELS`).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from effjax.costs.clock import KINDS, Clock
+from effjax.costs.ledger import Ledger
+from effjax.costs.peaks import mfu, peak_flops
+
+if TYPE_CHECKING:
+    from effjax.costs.flops import WalkResult, walk, walk_jaxpr
+
+__all__ = [
+    'KINDS', 'Clock', 'Ledger', 'WalkResult', 'mfu', 'peak_flops', 'walk', 'walk_jaxpr',
+]  # fmt: skip
+
+_NEEDS_JAX = ('WalkResult', 'walk', 'walk_jaxpr')
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_JAX:
+        from effjax.costs import flops
+
+        return getattr(flops, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
