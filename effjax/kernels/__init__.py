@@ -1,0 +1,26 @@
+"""Pure functions on arrays: one folder an operation, one public function each.
+
+Contract of an operation `kernels/<op>/`:
+  `reference.py`: the plain truth in float32 or float64, never fast;
+  `xla.py`: differentiable, runs anywhere;
+  files for devices (`cudnn.py`, `splash.py`, ...): what runs on one kind of accelerator;
+  `cost.py`: FLOPs as plain Python, by the convention of `core.cost`;
+  one public function, whose `implementation=None` picks the best one that supports the inputs.
+Which one ran, and why the others were refused, is in `last_choice()`; naming one that cannot run
+raises. Kernels import jax and numpy only, know no mesh, and name their residuals with
+`checkpoint_name` for rematerialisation policies.
+"""
+
+from effjax.kernels.attention import MaskSpec, attention, save_attention
+from effjax.kernels.choice import choices, last_choice, target
+from effjax.kernels.cross_entropy import linear_cross_entropy
+
+__all__ = [
+    'MaskSpec',
+    'attention',
+    'choices',
+    'last_choice',
+    'linear_cross_entropy',
+    'save_attention',
+    'target',
+]

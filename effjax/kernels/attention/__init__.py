@@ -1,0 +1,10 @@
+"""Softmax attention: `softmax(cap(scale q k^T) + mask) v`, with grouped key-value heads.
+
+Implementations, best first: 'cudnn' (NVIDIA GPU, 16 bits), 'splash' (TPU), 'xla' (anywhere),
+'reference' (dense truth in float32).
+"""
+
+from effjax.kernels.attention.op import attention, save_attention
+from effjax.kernels.attention.problem import MaskSpec
+
+__all__ = ['MaskSpec', 'attention', 'save_attention']

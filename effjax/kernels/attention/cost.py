@@ -1,0 +1,114 @@
+"""FLOPs of softmax attention, and the block plan that the `xla` implementation executes.
+
+Plain Python: `effjax.costs` imports it without jax.
+"""
+
+DENSE_MAX = 1024  # longest sequence whose whole score matrix 'xla' forms
+BLOCK = 512  # rows and columns of a block of the blockwise form
+BAND_MIN = 64  # smallest block of the banded form; below it products are too thin
+
+
+def pairs(
+    q_len: int, kv_len: int | None = None, *, mask: str = 'causal', window: int | None = None
+) -> int:
+    """Number of (query, key) pairs that a mask allows, for one head of one row.
+
+    Args:
+      q_len: number of queries T.
+      kv_len: number of keys S; None means T.
+      mask: 'causal' (T (T + 1) / 2 pairs) or 'full' (T S).
+      window: with 'causal', query i sees keys i - window < j <= i.
+    """
+    if mask == 'full':
+        return q_len * (q_len if kv_len is None else kv_len)
+    if window is None or window >= q_len:
+        return q_len * (q_len + 1) // 2
+    return window * (window + 1) // 2 + (q_len - window) * window
+
+
+def attention_flops(batch: int, heads: int, head_dim: int, scored: float) -> float:
+    """FLOPs of scores and values, `q k^T` and `p v`, for `scored` pairs a head and row."""
+    return 4.0 * batch * heads * head_dim * scored
+
+
+def strategy(q_len: int, kv_len: int, *, mask: str, window: int | None, positions: bool) -> str:
+    """Which form 'xla' takes: 'dense' (T x S scores), 'band' (blocks of a window) or 'blocks'.
+
+    Args:
+      q_len: number of queries T.
+      kv_len: number of keys S.
+      mask: 'causal', 'full' or 'array'.
+      window: width of the sliding window, or None.
+      positions: True where order is given by arrays, so that no block can be left out.
+    """
+    by_index = mask == 'causal' and not positions and q_len == kv_len
+    if by_index and window is not None and 2 * band_block(window) < q_len:
+        return 'band'
+    return 'dense' if max(q_len, kv_len) <= DENSE_MAX or q_len == 1 else 'blocks'
+
+
+def band_block(window: int) -> int:
+    """Rows of a block of the banded form; each sees its own block and the one before."""
+    return max(window, BAND_MIN)
+
+
+def block_pairs(
+    q_len: int, kv_len: int, *, block: int = BLOCK, mask: str, window: int | None, positions: bool
+) -> list[tuple[int, int]]:
+    """Lists the (query block, key block) pairs that hold an allowed pair, by query block."""
+    rows, columns = -(-q_len // block), -(-kv_len // block)
+    out = []
+    for i in range(rows):
+        for j in range(columns):
+            if mask == 'causal' and not positions:
+                first, last = i * block, i * block + block - 1
+                if j * block > last:
+                    continue
+                if window is not None and j * block + block - 1 <= first - window:
+                    continue
+            out.append((i, j))
+    return out
+
+
+def executed_pairs(
+    implementation: str,
+    q_len: int,
+    kv_len: int | None = None,
+    *,
+    mask: str = 'causal',
+    window: int | None = None,
+) -> float:
+    """Pairs a head and row that an implementation really scores, masked ones included.
+
+    'cudnn' and 'splash' skip what the mask excludes but for the diagonal's blocks: they are
+    booked at the allowed pairs.
+    """
+    kv_len = q_len if kv_len is None else kv_len
+    if implementation in ('cudnn', 'splash'):
+        return pairs(q_len, kv_len, mask=mask, window=window)
+    if implementation == 'reference':
+        return q_len * kv_len
+    form = strategy(q_len, kv_len, mask=mask, window=window, positions=False)
+    if form == 'dense':
+        return q_len * kv_len
+    if form == 'band':
+        assert window is not None
+        block = band_block(window)
+        return -(-q_len // block) * block * 2 * block
+    return len(block_pairs(q_len, kv_len, mask=mask, window=window, positions=False)) * BLOCK**2
+
+
+def executed_flops(
+    implementation: str,
+    batch: int,
+    q_len: int,
+    heads: int,
+    head_dim: int,
+    *,
+    kv_len: int | None = None,
+    mask: str = 'causal',
+    window: int | None = None,
+) -> float:
+    """FLOPs of the forward products that an implementation really executes."""
+    scored = executed_pairs(implementation, q_len, kv_len, mask=mask, window=window)
+    return attention_flops(batch, heads, head_dim, scored)

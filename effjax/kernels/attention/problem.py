@@ -1,0 +1,138 @@
+"""The inputs of one attention call, checked, with what is static about them kept apart."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSpec:
+    """A mask said in words, which kernels can use to skip work.
+
+    Attributes:
+      causal: query i sees keys j <= i.
+      window: with `causal`, query i sees only i - window < j <= i.
+    """
+
+    causal: bool = True
+    window: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is static about a call; every implementation decides by this.
+
+    Attributes:
+      shape: (B, T, S, H, G, D): batch, queries, keys, heads, key-value heads, head dimension.
+      dtype: name of the inputs' dtype.
+      mask: 'causal', 'full' or 'array'.
+      window: sliding window, or None.
+      segments: documents are told apart by ids.
+      shared_segments: queries and keys are the same tokens with the same ids.
+      positions: order is given by arrays instead of by index.
+      scale: factor on the scores.
+      soft_cap: scores become cap * tanh(score / cap), or None.
+      dropout: rate at which attention weights are dropped.
+    """
+
+    shape: tuple[int, int, int, int, int, int]
+    dtype: str
+    mask: str
+    window: int | None
+    segments: bool
+    shared_segments: bool
+    positions: bool
+    scale: float
+    soft_cap: float | None
+    dropout: float
+
+    @property
+    def may_be_empty(self) -> bool:
+        """True where some query may see no key at all, so that its output must be made 0."""
+        other_ids = self.segments and not self.shared_segments
+        return self.mask == 'array' or self.positions or other_ids
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """The arrays of a call beside q, k and v; each may be None.
+
+    Attributes:
+      q_segments: int32 [B, T], 0 is padding.
+      kv_segments: int32 [B, S].
+      q_positions: int32 [B, T].
+      kv_positions: int32 [B, S].
+      mask: bool [T, S], True where a query may attend.
+      rng: PRNG key for dropout.
+    """
+
+    q_segments: jax.Array | None = None
+    kv_segments: jax.Array | None = None
+    q_positions: jax.Array | None = None
+    kv_positions: jax.Array | None = None
+    mask: jax.Array | None = None
+    rng: jax.Array | None = None
+
+
+def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[int, int, int, int, int, int]:
+    """Returns (B, T, S, H, G, D).
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit each other.
+    """
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(
+            f'attention takes q [B,T,H,D] and k, v [B,S,G,D], got {q.shape}, {k.shape}, {v.shape}.'
+        )
+    batch, q_len, heads, head_dim = q.shape
+    _, kv_len, kv_heads, _ = k.shape
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(f'attention: q {q.shape} and k {k.shape} differ in batch or head size.')
+    if heads % kv_heads:
+        raise ValueError(f'attention: {heads} heads are no multiple of {kv_heads} key-value heads.')
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f'attention: dtypes differ: {q.dtype}, {k.dtype}, {v.dtype}.')
+    return batch, q_len, kv_len, heads, kv_heads, head_dim
+
+
+def check_ids(name: str, ids: jax.Array | None, shape: tuple[int, int]) -> None:
+    """Raises ValueError unless `ids` is None or an integer array of the shape."""
+    if ids is not None and (ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer)):
+        raise ValueError(f'attention: {name} is integer {shape}, not {ids.dtype} {ids.shape}.')
+
+
+def allowed(
+    problem: Problem,
+    extras: Extras,
+    q_index: jax.Array,
+    kv_index: jax.Array,
+) -> jax.Array | None:
+    """Returns which pairs may attend, bool [..., T, S], or None where all may.
+
+    Segment ids are compared as they are: padding (0) sees padding, which keeps every row finite;
+    the caller sets the output of padding to 0.
+
+    Args:
+      problem: the call.
+      extras: its arrays, whose last dimension goes with the indices (leading ones broadcast).
+      q_index: int32 [..., T], each query's place in order, unless `extras` has positions.
+      kv_index: int32 [..., S].
+    """
+    out = None
+    if problem.positions:
+        assert extras.q_positions is not None and extras.kv_positions is not None
+        q_index, kv_index = extras.q_positions, extras.kv_positions
+    if problem.mask == 'causal':
+        rows, columns = q_index[..., :, None], kv_index[..., None, :]
+        out = columns <= rows
+        if problem.window is not None:
+            out &= columns > rows - problem.window
+    if problem.mask == 'array':
+        out = extras.mask
+    if problem.segments:
+        assert extras.q_segments is not None and extras.kv_segments is not None
+        same = extras.q_segments[..., :, None] == extras.kv_segments[..., None, :]
+        out = same if out is None else out & same
+    return out
