@@ -33,7 +33,7 @@ SOURCES = {
     'prepared': 'effjax.data.shards:PreparedSource',
     'stdlib': 'effjax.data.sources.stdlib:Stdlib',
     'text': 'effjax.data.sources.text:TextFiles',
-    'tfds': 'effjax.data.sources.tfds:Tfds',
+    'tfds': 'effjax.data.sources.tfds:open_tfds',
 }
 
 _LAZY = {

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 from effjax.core.errors import DataError
@@ -63,6 +64,22 @@ def read_json(path: pathlib.Path) -> Any | None:
         return json.loads(body) if stored['checksum'] == _checksum(body) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def remember(kind: str, identity: Any, compute: Callable[[], Any]) -> Any:
+    """Returns the remembered JSON value of `compute()`, or computes and keeps it.
+
+    Args:
+      kind: a folder of the cache.
+      identity: JSON-able; everything that the value depends on.
+      compute: makes the value.
+    """
+    path = root() / kind / f'{key(identity)}.json'
+    value = read_json(path)
+    if value is None:
+        value = compute()
+        write_json(path, value)
+    return value
 
 
 def _checksum(text: str) -> str:
