@@ -1,10 +1,11 @@
 """What a run costs: FLOPs, seconds, memory, joules.
 
   `Ledger`        what was computed: FLOPs per part, tokens, examples, steps, waste; saved.
+  `StepCost`      what one compiled step costs, known before it runs; the ledger adds these up.
   `Clock`         where the seconds went: compile, train, eval, checkpoint, data, other; saved.
-  `walk`          FLOPs that a function really executes, from its jaxpr (rematerialisation too).
-  `peak_flops`, `mfu`   peak of a device, and utilisation with its convention in words.
-  `meters`        memory and energy; each returns None where the hardware has no counter.
+  `walk`, `walk_jaxpr`   FLOPs that a function really executes (rematerialisation included).
+  `peak_flops`, `mfu`    peak of a device, and utilisation with its convention in words.
+  `meters`, `EnergyMeter`, `compiled_memory`   memory and energy; None where nothing measures it.
   `formulas`      closed forms: 6ND, device-hours, bytes of a KV cache.
   `svg`           line plots as SVG text, for reports.
 
@@ -16,14 +17,16 @@ state their own `core.cost.Cost`. `costs` imports `core` only, and formulas of
 from typing import TYPE_CHECKING, Any
 
 from effjax.costs.clock import KINDS, Clock
-from effjax.costs.ledger import Ledger
+from effjax.costs.ledger import Ledger, StepCost
+from effjax.costs.meters import EnergyMeter, compiled_memory
 from effjax.costs.peaks import mfu, peak_flops
 
 if TYPE_CHECKING:
     from effjax.costs.flops import WalkResult, walk, walk_jaxpr
 
 __all__ = [
-    'KINDS', 'Clock', 'Ledger', 'WalkResult', 'mfu', 'peak_flops', 'walk', 'walk_jaxpr',
+    'KINDS', 'Clock', 'EnergyMeter', 'Ledger', 'StepCost', 'WalkResult', 'compiled_memory', 'mfu',
+    'peak_flops', 'walk', 'walk_jaxpr',
 ]  # fmt: skip
 
 _NEEDS_JAX = ('WalkResult', 'walk', 'walk_jaxpr')

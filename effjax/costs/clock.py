@@ -64,15 +64,24 @@ class Clock:
         times = self._device_seconds
         return sum(times.values()) if kind is None else times[kind]
 
-    def by_kind(self) -> dict[str, float]:
-        """Wall seconds of every kind."""
-        self._book()
-        return dict(self._seconds)
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Moves seconds already booked (at most all of them) from one kind to another.
 
-    def to_dict(self) -> dict[str, dict[str, float]]:
-        """Returns what `from_dict` restores exactly; JSON."""
+        For time that is told afterwards, such as a loader's report of how long it was waited for.
+        """
         self._book()
-        return {'seconds': dict(self._seconds), 'device_seconds': dict(self._device_seconds)}
+        moved = min(max(0.0, seconds), self._seconds[source])
+        for times, amount in (
+            (self._seconds, moved),
+            (self._device_seconds, moved * self.devices),
+        ):
+            times[source] -= amount
+            times[target] += amount
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns wall seconds by kind, and `device_seconds` by kind; JSON, restored exactly."""
+        self._book()
+        return {**self._seconds, 'device_seconds': dict(self._device_seconds)}
 
     @classmethod
     def from_dict(
@@ -84,7 +93,7 @@ class Clock:
     ) -> 'Clock':
         """Returns a clock that goes on from a saved one; the time in between is not counted."""
         clock = cls(devices=devices, now=now)
-        clock._seconds.update(saved['seconds'])
+        clock._seconds.update({kind: saved[kind] for kind in KINDS})
         clock._device_seconds.update(saved['device_seconds'])
         return clock
 

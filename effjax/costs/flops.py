@@ -63,9 +63,14 @@ class WalkResult:
     unknown: tuple[str, ...] = ()
 
     @property
-    def flops(self) -> float:
+    def counted(self) -> float:
         """All FLOPs counted; a lower bound where `unknown` is not empty."""
         return sum(self.by_kind.values())
+
+    @property
+    def total(self) -> float | None:
+        """All FLOPs, or None where something could not be counted."""
+        return None if self.unknown else self.counted
 
     def kind(self, name: str) -> float:
         """FLOPs of one kind, 0.0 where there is none."""
@@ -76,7 +81,7 @@ def walk(
     fn: Callable[..., Any],
     *args: Any,
     while_trips: Mapping[str, int] | None = None,
-    strict: bool = True,
+    strict: bool = False,
     **kwargs: Any,
 ) -> WalkResult:
     """Counts the FLOPs of `fn(*args, **kwargs)` without running it.
@@ -86,7 +91,8 @@ def walk(
       *args: arrays or `jax.ShapeDtypeStruct`s (nested).
       while_trips: number of trips of loops whose end depends on data: part of the loop's scope
         path (or of 'while', where it has none; '' is any loop) -> trips.
-      strict: raise on anything that cannot be counted; else list it in `unknown`.
+      strict: raise on anything that cannot be counted; else list it in `unknown`, and have no
+        `total`.
       **kwargs: as `args`.
 
     Returns:
@@ -100,7 +106,7 @@ def walk(
 
 
 def walk_jaxpr(
-    jaxpr: Any, *, while_trips: Mapping[str, int] | None = None, strict: bool = True
+    jaxpr: Any, *, while_trips: Mapping[str, int] | None = None, strict: bool = False
 ) -> WalkResult:
     """Counts the FLOPs of a jaxpr, such as `jitted.trace(*args).jaxpr`; see `walk`."""
     walker = _Walker(while_trips or {})
@@ -113,7 +119,13 @@ def walk_jaxpr(
             f'cannot count the FLOPs of {unknown[0]}; for a loop pass while_trips, for a kernel '
             'give it a cost_estimate or a line in effjax.costs.flops.KERNELS.'
         )
-    return WalkResult(*(_by(tally, i) for i in range(4)), unknown=unknown)
+    return WalkResult(
+        by_kind=_by(tally, 0),
+        by_primitive=_by(tally, 1),
+        by_scope=_by(tally, 2),
+        by_phase=_by(tally, 3),
+        unknown=unknown,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

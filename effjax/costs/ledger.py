@@ -9,124 +9,134 @@ lost to a kill and done again (`wasted`).
 """
 
 import copy
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from effjax.core.cost import Cost
 
 UNITS = ('steps', 'tokens', 'examples', 'model_flops', 'seconds')
-_COUNTS = ('steps', 'skipped', 'examples', 'tokens', 'tokens_computed')
+_COUNTS = ('steps', 'examples', 'tokens', 'tokens_computed', 'optimizer_flops')
+_EVAL = 'eval'
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """What one call of a compiled step costs; known before it runs.
+
+    Attributes:
+      parts: part of the model -> model FLOPs charged (backward pass included, where there is one).
+      hardware_flops: FLOPs executed (`effjax.costs.walk`), None where they are not known.
+      optimizer_flops: arithmetic of the optimizer, a line of its own.
+      examples: rows or images.
+      tokens: tokens seen.
+      tokens_computed: positions computed on: dropped tokens excluded, padding included.
+    """
+
+    parts: Mapping[str, float]
+    hardware_flops: float | None = None
+    optimizer_flops: float = 0.0
+    examples: int = 0
+    tokens: int = 0
+    tokens_computed: int = 0
+
+    @property
+    def model_flops(self) -> int:
+        """Model FLOPs of all parts."""
+        return sum(round(flops) for flops in self.parts.values())
+
+    @classmethod
+    def train(cls, costs: Mapping[str, Cost], **rest: Any) -> 'StepCost':
+        """Returns the cost of a training step: forward and backward, 3 x each part's forward."""
+        return cls({part: cost.train_flops for part, cost in costs.items()}, **rest)
+
+    @classmethod
+    def forward(cls, costs: Mapping[str, Cost], **rest: Any) -> 'StepCost':
+        """Returns the cost of a pass without gradients."""
+        return cls({part: cost.model_flops for part, cost in costs.items()}, **rest)
 
 
 class Ledger:
-    """Counts of one run. Immutable history: entries are only ever added to."""
+    """Counts of one run; they only ever grow."""
 
     def __init__(self) -> None:
-        self._stages: list[dict[str, Any]] = []
+        self._stages: dict[str, dict[str, Any]] = {}
         self._eval = _passes()
-        self._wasted = {'steps': 0, 'tokens': 0, 'model_flops': 0, 'hardware_flops': 0}
-        self._wasted_seconds = 0.0
+        self._skipped = 0
+        self._wasted: dict[str, Any] = {
+            'steps': 0, 'tokens': 0, 'model_flops': 0, 'hardware_flops': 0, 'seconds': 0.0,
+        }  # fmt: skip
 
-    def add_step(
-        self,
-        costs: Mapping[str, Cost],
-        *,
-        tokens: int,
-        examples: int,
-        stage: int = 0,
-        tokens_computed: int | None = None,
-        hardware_flops: float | None = None,
-        optimizer_flops: float = 0.0,
-        skipped: bool = False,
-    ) -> None:
-        """Charges one training step: forward and backward.
-
-        Args:
-          costs: part -> cost of the forward pass over the step's whole batch.
-          tokens: tokens seen: targets that the step trained on, padding excluded.
-          examples: rows (or images) of the step.
-          stage: index of the stage that the step belongs to.
-          tokens_computed: positions computed on: padding included, dropped tokens excluded.
-            None: as `tokens`.
-          hardware_flops: FLOPs executed (`effjax.costs.walk`), None where they are not known.
-          optimizer_flops: arithmetic of the optimizer, a line of its own.
-          skipped: the update was thrown away (overflow of fp16); it is charged all the same.
-        """
+    def add_step(self, cost: StepCost, *, stage: str = '') -> None:
+        """Charges one training step to a stage (by name), whether or not its update is used."""
         entry = self._stage(stage)
         entry['steps'] += 1
-        entry['skipped'] += int(skipped)
-        entry['examples'] += int(examples)
-        entry['tokens'] += int(tokens)
-        entry['tokens_computed'] += int(tokens if tokens_computed is None else tokens_computed)
-        for part, cost in costs.items():
-            parts = entry['parts']
-            parts[part] = parts.get(part, 0) + round(cost.train_flops)
-        entry['hardware_flops'] = _plus(entry['hardware_flops'], hardware_flops)
-        entry['optimizer_flops'] += round(optimizer_flops)
+        entry['examples'] += cost.examples
+        entry['tokens'] += cost.tokens
+        entry['tokens_computed'] += cost.tokens_computed
+        entry['optimizer_flops'] += round(cost.optimizer_flops)
+        entry['hardware_flops'] = _plus(entry['hardware_flops'], cost.hardware_flops)
+        for part, flops in cost.parts.items():
+            entry['parts'][part] = entry['parts'].get(part, 0) + round(flops)
 
-    def add_forward(
-        self,
-        costs: Mapping[str, Cost],
-        *,
-        purpose: str,
-        tokens: int = 0,
-        examples: int = 0,
-        stage: int = 0,
-        hardware_flops: float | None = None,
-    ) -> None:
+    def add_skipped(self, steps: int = 1) -> None:
+        """Counts steps, already charged, whose update was thrown away (an overflow of fp16)."""
+        self._skipped += steps
+
+    def add_forward(self, cost: StepCost, *, purpose: str, stage: str = '') -> None:
         """Charges a pass without gradients: a teacher, a probe, a scoring pass, an evaluation.
 
         Everything but the purpose 'eval' counts towards the budget and the run's model FLOPs.
-        Tokens and examples of such passes are kept with the purpose; nothing was trained on them.
+        Its tokens and examples stay with the purpose, since nothing was trained on them.
         """
         entry = self._eval
-        if purpose != 'eval':
+        if purpose != _EVAL:
             entry = self._stage(stage)['forward'].setdefault(purpose, _passes())
         entry['passes'] += 1
-        entry['tokens'] += int(tokens)
-        entry['examples'] += int(examples)
-        entry['model_flops'] += sum(round(cost.model_flops) for cost in costs.values())
-        entry['hardware_flops'] = _plus(entry['hardware_flops'], hardware_flops)
+        entry['tokens'] += cost.tokens
+        entry['examples'] += cost.examples
+        entry['model_flops'] += cost.model_flops
+        entry['hardware_flops'] = _plus(entry['hardware_flops'], cost.hardware_flops)
 
-    def add_waste(
+    def add_wasted_steps(
         self,
-        *,
         steps: int,
+        *,
         tokens: int = 0,
         model_flops: float = 0,
-        hardware_flops: float | None = 0,
+        hardware_flops: float = 0,
         seconds: float = 0.0,
     ) -> None:
-        """Books work that a kill made the run repeat; it is no progress."""
-        self._wasted['steps'] += int(steps)
-        self._wasted['tokens'] += int(tokens)
+        """Books steps that a kill makes the run repeat; they are no progress."""
+        self._wasted['steps'] += steps
+        self._wasted['tokens'] += tokens
         self._wasted['model_flops'] += round(model_flops)
-        self._wasted['hardware_flops'] += round(hardware_flops or 0)
-        self._wasted_seconds += float(seconds)
+        self._wasted['hardware_flops'] += round(hardware_flops)
+        self._wasted['seconds'] += seconds
 
-    def add_waste_since(self, last: Mapping[str, Any], *, seconds: float = 0.0) -> bool:
-        """Books what lies between this restored ledger and the last line a killed run wrote.
+    def add_waste_since(self, last: Mapping[str, Any], *, seconds: float = 0.0) -> int:
+        """Books what lies between this restored ledger and the last row a killed run wrote.
 
         Args:
-          last: the last complete line of metrics.jsonl: `step`, `tokens`, `model_flops`,
+          last: the last complete row of metrics.jsonl: `step`, `tokens`, `model_flops`,
             `hardware_flops`, `seconds`, all cumulative.
-          seconds: the restored clock's training seconds.
+          seconds: the training seconds of the restored clock.
 
         Returns:
-          True where something was lost.
+          How many steps were lost.
         """
-        lost = int(last.get('step', 0)) - self.steps
-        if lost <= 0:
-            return False
-        hardware = self.hardware_flops
-        self.add_waste(
-            steps=lost,
-            tokens=max(0, int(last.get('tokens', 0)) - self.tokens),
-            model_flops=max(0, last.get('model_flops', 0) - self.model_flops),
-            hardware_flops=max(0, (last.get('hardware_flops') or 0) - (hardware or 0)),
-            seconds=max(0.0, float(last.get('seconds', 0.0)) - seconds),
-        )
-        return True
+        lost = max(0, int(last.get('step', 0)) - self.steps)
+        if lost:
+            self.add_wasted_steps(
+                lost,
+                tokens=max(0, int(last.get('tokens', 0)) - self.tokens),
+                model_flops=max(0, last.get('model_flops', 0) - self.model_flops),
+                hardware_flops=max(
+                    0, (last.get('hardware_flops') or 0) - (self.hardware_flops or 0)
+                ),
+                seconds=max(0.0, last.get('seconds', 0.0) - seconds),
+            )
+        return lost
 
     @property
     def steps(self) -> int:
@@ -146,15 +156,15 @@ class Ledger:
     @property
     def model_flops(self) -> int:
         """Model FLOPs charged to the budget: training steps and charged forward passes."""
-        return sum(_stage_flops(entry) for entry in self._stages)
+        return sum(_model_flops(entry) for entry in self._stages.values())
 
     @property
     def hardware_flops(self) -> int | None:
-        """FLOPs executed for the budget, or None where some were not known."""
-        return _hardware(self._stages)
+        """FLOPs executed for the same, or None where some are not known."""
+        return _hardware_flops(self._stages.values())
 
     def progress(
-        self, extent: tuple[str, float], *, seconds: float = 0.0, stage: int | None = None
+        self, extent: tuple[str, float], *, seconds: float = 0.0, stage: str | None = None
     ) -> float:
         """Returns how much of an extent is done, in [0, 1], as a float64.
 
@@ -167,42 +177,52 @@ class Ledger:
           ValueError: an unknown unit.
         """
         unit, amount = extent
-        if unit == 'seconds':
-            done: float = seconds
-        elif unit in UNITS:
-            done = self._done(unit, stage)
-        else:
+        if unit not in UNITS:
             raise ValueError(f'unknown unit {unit!r} of progress; known: {", ".join(UNITS)}.')
+        stages = list(self._stages.values())
+        if stage is not None:
+            stages = [self._stages[stage]] if stage in self._stages else []
+        if unit == 'seconds':
+            done = seconds
+        elif unit == 'model_flops':
+            done = sum(_model_flops(entry) for entry in stages)
+        else:
+            done = sum(entry[unit] for entry in stages)
         return min(1.0, done / amount)
 
     def totals(self) -> dict[str, Any]:
         """Returns the sums that summary.json shows, with `parts`, `forward` and `stages`."""
-        out: dict[str, Any] = {key: self._sum(key) for key in _COUNTS}
-        out['model_flops'] = self.model_flops
-        out['hardware_flops'] = self.hardware_flops
-        out['optimizer_flops'] = self._sum('optimizer_flops')
-        out['parts'] = _merge(entry['parts'] for entry in self._stages)
-        out['forward'] = _merge(
-            {name: passes['model_flops'] for name, passes in entry['forward'].items()}
-            for entry in self._stages
-        )
-        out['eval'] = dict(self._eval)
-        out['wasted'] = {**self._wasted, 'seconds': self._wasted_seconds}
-        out['stages'] = [
-            {**{key: entry[key] for key in _COUNTS}, 'model_flops': _stage_flops(entry),
-             'hardware_flops': _hardware([entry])}
-            for entry in self._stages
-        ]  # fmt: skip
-        return out
+        entries = list(self._stages.values())
+        forward = ({k: v['model_flops'] for k, v in e['forward'].items()} for e in entries)
+        return {
+            **{key: self._sum(key) for key in _COUNTS},
+            'skipped': self._skipped,
+            'model_flops': self.model_flops,
+            'hardware_flops': self.hardware_flops,
+            'parts': _merge(entry['parts'] for entry in entries),
+            'forward': _merge(forward),
+            'eval': dict(self._eval),
+            'wasted': dict(self._wasted),
+            'stages': {
+                name: {
+                    **{key: entry[key] for key in _COUNTS},
+                    'model_flops': _model_flops(entry),
+                    'hardware_flops': _hardware_flops([entry]),
+                }
+                for name, entry in self._stages.items()
+            },
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, as JSON can hold it; `from_dict` restores it exactly."""
-        return copy.deepcopy({
-            'stages': self._stages,
-            'eval': self._eval,
-            'wasted': self._wasted,
-            'wasted_seconds': self._wasted_seconds,
-        })  # fmt: skip
+        return copy.deepcopy(
+            {
+                'stages': self._stages,
+                'eval': self._eval,
+                'skipped': self._skipped,
+                'wasted': self._wasted,
+            }
+        )
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> 'Ledger':
@@ -211,54 +231,44 @@ class Ledger:
         saved = copy.deepcopy(dict(saved))
         ledger._stages = saved['stages']
         ledger._eval = saved['eval']
+        ledger._skipped = saved['skipped']
         ledger._wasted = saved['wasted']
-        ledger._wasted_seconds = saved['wasted_seconds']
         return ledger
 
-    def _stage(self, stage: int) -> dict[str, Any]:
-        while len(self._stages) <= stage:
-            counts: dict[str, Any] = dict.fromkeys(_COUNTS, 0)
-            self._stages.append({
-                **counts, 'parts': {}, 'hardware_flops': 0, 'optimizer_flops': 0, 'forward': {},
-            })  # fmt: skip
-        return self._stages[stage]
+    def _stage(self, name: str) -> dict[str, Any]:
+        if name not in self._stages:
+            counts = dict.fromkeys(_COUNTS, 0)
+            self._stages[name] = {**counts, 'hardware_flops': 0, 'parts': {}, 'forward': {}}
+        return self._stages[name]
 
     def _sum(self, key: str) -> int:
-        return sum(entry[key] for entry in self._stages)
-
-    def _done(self, unit: str, stage: int | None) -> int:
-        if stage is None:
-            return self.model_flops if unit == 'model_flops' else self._sum(unit)
-        if stage >= len(self._stages):
-            return 0
-        entry = self._stages[stage]
-        return _stage_flops(entry) if unit == 'model_flops' else entry[unit]
+        return sum(entry[key] for entry in self._stages.values())
 
 
 def _passes() -> dict[str, Any]:
     return {'passes': 0, 'tokens': 0, 'examples': 0, 'model_flops': 0, 'hardware_flops': 0}
 
 
-def _plus(sum_: int | None, more: float | None) -> int | None:
+def _plus(total: int | None, more: float | None) -> int | None:
     """Adds; None (not known) stays None, so that a sum is never silently too small."""
-    return None if sum_ is None or more is None else sum_ + round(more)
+    return None if total is None or more is None else total + round(more)
 
 
-def _stage_flops(entry: Mapping[str, Any]) -> int:
+def _model_flops(entry: Mapping[str, Any]) -> int:
     extra = sum(passes['model_flops'] for passes in entry['forward'].values())
     return sum(entry['parts'].values()) + extra
 
 
-def _hardware(stages: list[dict[str, Any]]) -> int | None:
+def _hardware_flops(entries: Iterable[Mapping[str, Any]]) -> int | None:
     out: int | None = 0
-    for entry in stages:
+    for entry in entries:
         out = _plus(out, entry['hardware_flops'])
         for passes in entry['forward'].values():
             out = _plus(out, passes['hardware_flops'])
     return out
 
 
-def _merge(tables: Any) -> dict[str, int]:
+def _merge(tables: Iterable[Mapping[str, int]]) -> dict[str, int]:
     out: dict[str, int] = {}
     for table in tables:
         for key, value in table.items():

@@ -76,7 +76,7 @@ def memory(compiled: Any = None, devices: Iterable[Any] = ()) -> dict[str, Any]:
     }
 
 
-class Energy:
+class EnergyMeter:
     """Joules used by this host's visible NVIDIA devices since the meter was made.
 
     Reads NVML's energy counter (Volta and later), which runs in hardware, so no sampling thread is
@@ -84,14 +84,13 @@ class Energy:
     None. The counter is of whole boards: other programs on them are included.
     """
 
-    def __init__(self, *, spent: float = 0.0, nvml: Any = None):
+    def __init__(self, *, nvml: Any = None):
         """Starts the meter.
 
         Args:
-          spent: joules of earlier parts of the run, from a checkpoint.
           nvml: the `pynvml` module or a stand-in; None imports it.
         """
-        self._spent = spent
+        self._before: float | None = 0.0
         self._nvml = nvml if nvml is not None else _import_nvml()
         self._handles = _visible(self._nvml)
         self._start = self._read()
@@ -101,7 +100,11 @@ class Energy:
         now = self._read()
         if now is None or self._start is None:
             return None
-        return self._spent + max(0, now - self._start) / 1000.0
+        return None if self._before is None else self._before + (now - self._start) / 1000.0
+
+    def restore(self, joules: float | None) -> None:
+        """Adds the joules of the run's earlier part; None (not metered) leaves no total."""
+        self._before = joules
 
     def _read(self) -> int | None:
         """Millijoules on all counters, or None."""

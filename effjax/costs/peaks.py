@@ -80,50 +80,60 @@ def peak_flops(device: Any, dtype: Any = 'bfloat16') -> float | None:
       device: a jax device, or its `device_kind`.
       dtype: dtype of the products' inputs, or its name; any float8 is one.
     """
-    kind = device if isinstance(device, str) else getattr(device, 'device_kind', '')
-    name = str(getattr(dtype, 'name', None) or getattr(dtype, '__name__', dtype))
+    name = _name(dtype)
     name = 'float8' if name.startswith('float8') else name
     for part, peaks in _PEAKS:
-        if part in kind:
+        if part in _kind(device):
             return peaks.get(name)
     return None
 
 
 def mfu(
-    *,
     model_flops: float,
-    device_seconds: float,
+    seconds: float,
     device: Any,
     dtype: Any = 'bfloat16',
+    devices: int = 1,
+    *,
     hardware_flops: float | None = None,
 ) -> dict[str, Any] | None:
     """Returns utilisation with its convention, or None where the device has no known peak.
 
     Args:
       model_flops: model FLOPs done (forward and backward).
-      device_seconds: seconds they took times the devices that did them.
+      seconds: training time that they took.
       device: a jax device or its `device_kind`.
-      dtype: dtype of the products.
+      dtype: dtype of the products, or its name.
+      devices: number of devices that did them.
       hardware_flops: FLOPs executed, rematerialisation included; adds `hfu`.
 
     Returns:
-      {'mfu', 'hfu' (None if unknown), 'peak_flops', 'device_kind', 'dtype', 'convention'}.
+      {'mfu', 'hfu' (None if unknown), 'peak_flops' (one device), 'device_kind', 'devices',
+      'dtype', 'convention'}.
     """
     peak = peak_flops(device, dtype)
-    if peak is None or device_seconds <= 0:
+    if peak is None or seconds <= 0:
         return None
-    kind = device if isinstance(device, str) else device.device_kind
-    name = str(getattr(dtype, 'name', None) or getattr(dtype, '__name__', dtype))
-    available = peak * device_seconds
+    kind = _kind(device)
+    available = peak * seconds * devices
     return {
         'mfu': model_flops / available,
         'hfu': None if hardware_flops is None else hardware_flops / available,
         'peak_flops': peak,
         'device_kind': kind,
-        'dtype': name,
+        'devices': devices,
+        'dtype': _name(dtype),
         'convention': (
-            f'model FLOPs (multiply-add 2, causal attention T(T+1)/2 pairs, backward 2x forward, '
-            f'no rematerialisation) over training time x {peak / _T:.1f} TFLOP/s dense {name} of '
-            f'{kind}'
+            'model FLOPs (multiply-add 2, causal attention T(T+1)/2 pairs, backward 2x forward, '
+            'no rematerialisation, no optimizer) over training time, waiting for data included, '
+            f'at {peak / _T:.1f} TFLOP/s dense {_name(dtype)} a device ({kind})'
         ),
     }
+
+
+def _kind(device: Any) -> str:
+    return device if isinstance(device, str) else str(getattr(device, 'device_kind', ''))
+
+
+def _name(dtype: Any) -> str:
+    return str(getattr(dtype, 'name', None) or getattr(dtype, '__name__', dtype))
