@@ -51,14 +51,23 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> Run:
       TrainingError: the loss is not finite.
     """
     quiet_platform()
+    from effjax import report
     from effjax.core.config import as_dict, check_form
-    from effjax.training import setup
+    from effjax.parallel import is_primary
+    from effjax.training import finish, setup
+    from effjax.training.files import write_json_atomic
     from effjax.training.loop import Trainer
 
     check_form(config)
     setup.check(config)
     trainer = Trainer(as_dict(config), pathlib.Path(workdir))
-    return Run(*trainer.run())
+    stopped_by = trainer.run()
+    summary = finish.summary(trainer)
+    page = trainer.workdir / 'report.html'
+    if is_primary():
+        write_json_atomic(trainer.workdir / 'summary.json', summary)
+        page = report.write(trainer.workdir)
+    return Run(trainer.workdir, summary, page, stopped_by)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -78,9 +87,15 @@ def main(argv: Sequence[str]) -> int:
         return 0
     workdir = args.workdir or f'runs/{config.name}-{time.strftime("%Y%m%d-%H%M%S")}'
     done = run(config, workdir)
-    if done.stopped_by:
-        print(f'stopped by {done.stopped_by}; go on with --workdir={done.workdir}')
-        return 0
+    from effjax.parallel import is_primary
+    from effjax.training.finish import lines
+
+    if is_primary():
+        if done.stopped_by:
+            print(f'stopped by {done.stopped_by}; go on with --workdir={done.workdir}')
+        else:
+            print('\n'.join(lines(done.summary)))
+        print(f'report: {done.report}')
     return 0
 
 

@@ -38,5 +38,12 @@ def quiet_platform() -> None:
 def _has_accelerator() -> bool:
     return any(
         os.path.exists(path)
-        for path in ('/dev/nvidiactl', '/dev/nvidia0', '/dev/accel0', '/dev/vfio/0', '/dev/kfd', '/dev/dxg')
+        for path in (
+            '/dev/nvidiactl',
+            '/dev/nvidia0',
+            '/dev/accel0',
+            '/dev/vfio/0',
+            '/dev/kfd',
+            '/dev/dxg',
+        )
     )

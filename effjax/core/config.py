@@ -68,7 +68,7 @@ def defaults() -> ConfigDict:
     config.lr_scales = ()
     config.decay_scales = ()
 
-    config.mesh = ConfigDict({axis: 1 for axis in MESH_AXES})
+    config.mesh = ConfigDict(dict.fromkeys(MESH_AXES, 1))
     config.mesh.data = -1  # -1: all devices that the other axes leave
     # Logical axis -> mesh axes tried in order, over the defaults in parallel.rules.
     config.sharding = ConfigDict()
@@ -126,7 +126,9 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     path, _, variant = spec.partition(':')
     file = pathlib.Path(path)
     if not file.is_file():
-        near = sorted(p.as_posix() for p in file.parent.glob('*.py')) if file.parent.is_dir() else []
+        near = (
+            sorted(p.as_posix() for p in file.parent.glob('*.py')) if file.parent.is_dir() else []
+        )
         raise ConfigError(f'no config file {path!r}.' + suggest(path, near))
     module_spec = importlib.util.spec_from_file_location(f'effjax_config_{file.stem}', file)
     assert module_spec is not None and module_spec.loader is not None
@@ -312,7 +314,9 @@ def _check_like(config: Mapping[str, Any], model: Mapping[str, Any], path: str) 
     for key in model:
         if key not in config:
             where = f'{path}.{key}' if path else str(key)
-            raise ConfigError(f'config.{where} is missing; start from effjax.core.config.defaults().')
+            raise ConfigError(
+                f'config.{where} is missing; start from effjax.core.config.defaults().'
+            )
 
 
 def _same_type(value: Any, like: Any) -> bool:
@@ -377,8 +381,7 @@ def _parse(text: str, like: Any, name: str) -> Any:
         value = int(value)
     if like is not None and not _same_type(value, like) and not isinstance(like, dict):
         raise ConfigError(
-            f'config.{name} must be {type(like).__name__}, got {text!r} '
-            f'({type(value).__name__}).'
+            f'config.{name} must be {type(like).__name__}, got {text!r} ({type(value).__name__}).'
         )
     if isinstance(like, float) and value is not None:
         return float(value)

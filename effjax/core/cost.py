@@ -43,10 +43,7 @@ class Cost:
 
     def __add__(self, other: 'Cost') -> 'Cost':
         return Cost(
-            *(
-                getattr(self, f.name) + getattr(other, f.name)
-                for f in dataclasses.fields(Cost)
-            )
+            *(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(Cost))
         )
 
     def times(self, n: int, *, shared: bool = False) -> 'Cost':

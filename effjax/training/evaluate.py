@@ -6,6 +6,7 @@
 evaluation runs. `batches` is how many batches of the split, evenly spread; 0 is the whole split.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,8 @@ import jax
 import numpy as np
 
 from effjax.training.setup import EVAL_KEYS
+
+_IN_FLIGHT = 8  # batches dispatched ahead: more would only hold inputs in device memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +28,14 @@ class Evaluation:
       every_steps: steps between two runs of it; 0 is only at the end.
       every_share: share of the run between two runs of it; 0 switches it off.
       source: a re-iterable of host batches with `bytes`.
+      rows: the rows of each batch that this process places.
     """
 
     name: str
     every_steps: int
     every_share: float
     source: Any
+    rows: slice
 
     def due(self, step: int, before: float, after: float) -> bool:
         """Whether it runs after `step`, in which the run's progress rose from before to after."""
@@ -40,8 +45,21 @@ class Evaluation:
         return bool(share) and int(before / share + 1e-9) != int(after / share + 1e-9)
 
 
-def plan(config: Mapping[str, Any], dataset: Any, batch_size: int, seq_len: int) -> list[Evaluation]:
+def plan(
+    config: Mapping[str, Any],
+    dataset: Any,
+    batch_size: int,
+    seq_len: int,
+    rows: Callable[[int], slice],
+) -> list[Evaluation]:
     """Returns the evaluations of a config.
+
+    Args:
+      config: the resolved config.
+      dataset: where the splits come from.
+      batch_size: rows a batch, where an evaluation does not say.
+      seq_len: tokens a row.
+      rows: `batch_size -> ` the rows that this process loads.
 
     Raises:
       DataError: a split that the dataset does not have.
@@ -49,10 +67,11 @@ def plan(config: Mapping[str, Any], dataset: Any, batch_size: int, seq_len: int)
     out = []
     for name, block in config['evals'].items():
         given = {**EVAL_KEYS, **block}
-        source = dataset.eval(
-            given['split'], given['batch_size'] or batch_size, seq_len, batches=given['batches']
+        size = given['batch_size'] or batch_size
+        source = dataset.eval(given['split'], size, seq_len, batches=given['batches'])
+        out.append(
+            Evaluation(name, given['every_steps'], float(given['every_share']), source, rows(size))
         )
-        out.append(Evaluation(name, given['every_steps'], float(given['every_share']), source))
     return out
 
 
@@ -63,23 +82,36 @@ def run(
     buffers: Any,
     put: Callable[[dict[str, np.ndarray]], Any],
     task: Any,
-) -> dict[str, float]:
-    """Runs one evaluation and returns its metrics.
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Runs one evaluation and returns its metrics, or None if it was asked to stop.
 
-    Sums stay on the device until the end, so that batches overlap with their transfers; they are
-    added in float64 on the host, so that a long split loses no digits.
+    A few batches are in flight at a time; sums are added in float64 on the host, so that a long
+    split loses no digits.
 
     Args:
       evaluation: which.
       step: the compiled evaluation step.
       params: the parameters to judge.
       buffers: the model's buffers.
-      put: places a host batch on the devices.
+      put: places this process's rows of a batch on the devices.
       task: turns sums into metrics.
+      stop: asked before each batch.
     """
-    pending = [step(params, buffers, put(batch)) for batch in evaluation.source]
     sums: dict[str, np.ndarray] = {}
-    for out in jax.device_get(pending):
-        for key, value in out.items():
+    flying: collections.deque[dict[str, jax.Array]] = collections.deque()
+
+    def take() -> None:
+        for key, value in jax.device_get(flying.popleft()).items():
             sums[key] = sums.get(key, np.zeros(2)) + np.asarray(value, np.float64)
+
+    for batch in evaluation.source:
+        if stop():
+            return None
+        mine = {key: array[evaluation.rows] for key, array in batch.items()}
+        flying.append(step(params, buffers, put(mine)))
+        if len(flying) > _IN_FLIGHT:
+            take()
+    while flying:
+        take()
     return task.metrics({k: (float(v[0]), float(v[1])) for k, v in sums.items()}, evaluation.source)

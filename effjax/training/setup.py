@@ -160,8 +160,10 @@ def _check_evals(config: Mapping[str, Any]) -> None:
             if key not in EVAL_KEYS:
                 raise ConfigError(f'unknown key {where}.' + suggest(key, EVAL_KEYS))
             like = EVAL_KEYS[key]
-            fits = isinstance(value, int | float) if isinstance(like, float) else (
-                type(value) is type(like)
+            fits = (
+                isinstance(value, int | float)
+                if isinstance(like, float)
+                else (type(value) is type(like))
             )
             if not fits:
                 raise ConfigError(f'{where} must be {type(like).__name__}, got {value!r}.')

@@ -111,24 +111,6 @@ def make_eval_step(
     return step
 
 
-def packed(step: Callable[..., tuple[State, dict[str, jax.Array]]]):
-    """Wraps a train step so that its metrics are one float32 vector, in sorted order of names.
-
-    One vector is one transfer to the host; a dict of scalars would be a transfer each.
-    """
-
-    def wrapped(state: State, batch: Batch, lr: jax.Array):
-        state, metrics = step(state, batch, lr)
-        return state, jnp.stack([metrics[name] for name in sorted(metrics)])
-
-    return wrapped
-
-
-def metric_names(step: Callable[..., Any], *abstract: Any) -> tuple[str, ...]:
-    """Returns the names behind the vector of `packed(step)`, by tracing without compiling."""
-    return tuple(sorted(jax.eval_shape(step, *abstract)[1]))
-
-
 def _accumulate(grad: Callable[..., Any], params: Any, batch: Batch, count: int):
     """Sums gradients and sums over `count` microbatches, in float32."""
 
@@ -144,6 +126,8 @@ def _accumulate(grad: Callable[..., Any], params: Any, batch: Batch, count: int)
     micro = {k: split(v) for k, v in batch.items()}
     one = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in micro.items()}
     shapes = jax.eval_shape(grad, params, one, jnp.int32(0))
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
+    zero = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
+    )
     total, _ = jax.lax.scan(body, zero, (micro, jnp.arange(count, dtype=jnp.int32)))
     return total

@@ -1,0 +1,29 @@
+"""A plain vision transformer on the embedded 8x8 digits: seconds on a laptop.
+
+python -m effjax.train --config=configs/digits_vit.py
+"""
+
+from effjax.core.config import defaults
+
+
+def get_config():
+    config = defaults()
+    config.budget = '40000examples'
+    config.batch_size = 128
+    config.data = dict(kind='digits')
+    config.task = dict(kind='classification')
+    config.model = dict(
+        kind='vit',
+        patch=2,
+        width=64,
+        layers=4,
+        mixer=dict(kind='attention', heads=4),
+        ffn=dict(kind='gelu'),
+        norm=dict(kind='layernorm'),
+    )
+    config.seq_len = 17  # 16 patches of 2x2 and the class token
+    config.optimizer = dict(kind='adamw', weight_decay=0.05)
+    config.schedule = dict(kind='cosine', peak=2e-3, warmup=0.1)
+    config.precision.kind = 'fp32'
+    config.evals.valid = dict(every_share=0.1)
+    return config

@@ -1,0 +1,111 @@
+"""Compiling a step once, ahead of time, and learning what it costs."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from effjax.core.cost import Cost
+from effjax.costs import walk_jaxpr
+from effjax.costs.meters import compiled_memory
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """What one train step costs.
+
+    Attributes:
+      parts: part of the model -> cost of the forward pass over the whole batch.
+      hardware_flops: FLOPs executed, rematerialisation included; None if something in the step
+        cannot be counted.
+      optimizer_flops: arithmetic of the update.
+      examples: rows of the batch.
+      tokens: positions of the batch.
+    """
+
+    parts: Mapping[str, Cost]
+    hardware_flops: float | None
+    optimizer_flops: float
+    examples: int
+    tokens: int
+
+    @functools.cached_property
+    def model_flops(self) -> float:
+        """Forward and backward FLOPs of the model, as the ledger charges them."""
+        return float(sum(round(cost.train_flops) for cost in self.parts.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """An executable train step.
+
+    Attributes:
+      call: `(state, batch, lr) -> (state, float32 [metrics])`; the state is donated.
+      names: the metrics behind the vector, in order.
+      cost: what one call costs.
+      memory: bytes a device needs while it runs, as the compiler plans it, by kind.
+    """
+
+    call: Callable[..., Any]
+    names: tuple[str, ...]
+    cost: StepCost
+    memory: dict[str, int] | None
+
+    def __call__(self, state: Any, batch: Any, lr: Any) -> Any:
+        return self.call(state, batch, lr)
+
+
+def compile_train(
+    raw: Callable[..., Any],
+    *,
+    state: Any,
+    shardings: Any,
+    batch: Mapping[str, jax.Array],
+    mesh: Mesh,
+    parts: Mapping[str, Cost],
+    units: tuple[int, int],
+    optimizer_flops: float,
+) -> CompiledStep:
+    """Traces a step once, walks its jaxpr for hardware FLOPs, and compiles it.
+
+    Args:
+      raw: `step(state, batch, lr) -> (state, metrics)`.
+      state: the state's shapes and dtypes.
+      shardings: a sharding for each leaf of the state.
+      batch: a placed batch; its shapes and shardings are the step's.
+      mesh: the mesh of the run.
+      parts: part of the model -> cost of the forward pass over one batch.
+      units: (examples, tokens) of one batch.
+      optimizer_flops: FLOPs of one update.
+    """
+    names: list[str] = []
+
+    def step(state: Any, batch: Any, lr: jax.Array):
+        state, metrics = raw(state, batch, lr)
+        names[:] = sorted(metrics)
+        return state, jnp.stack([metrics[name] for name in names])
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    jitted = jax.jit(
+        step,
+        in_shardings=(shardings, {k: v.sharding for k, v in batch.items()}, replicated),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
+    traced = jitted.trace(state, shapes, jax.ShapeDtypeStruct((), jnp.float32))
+    compiled = traced.lower().compile()
+    walked = walk_jaxpr(traced.jaxpr, strict=False)
+    examples, tokens = units
+    cost = StepCost(
+        parts=parts,
+        hardware_flops=None if walked.unknown else walked.flops,
+        optimizer_flops=optimizer_flops,
+        examples=examples,
+        tokens=tokens,
+    )
+    return CompiledStep(compiled, tuple(names), cost, compiled_memory(compiled))

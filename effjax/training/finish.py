@@ -1,0 +1,114 @@
+"""What stands at the end of a run: the summary, the gzip yardstick and a sample of text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.core.errors import DataError
+from effjax.costs import meters, mfu
+from effjax.data import gzip_baseline
+from effjax.kernels import choices
+from effjax.models.decode import Sampling, make_generate
+from effjax.training import setup
+
+_SAMPLE_CONTEXT = 64  # most prompt tokens a sample is given
+
+
+def summary(trainer: Any) -> dict[str, Any]:
+    """Returns what `summary.json` holds of a trainer that has stopped."""
+    runtime, ledger, clock = trainer.runtime, trainer.ledger, trainer.clock
+    out = {
+        'final_step': ledger.steps,
+        'complete': not trainer.stop.requested,
+        'eval': trainer.results,
+        'ledger': ledger.totals(),
+        'clock': clock.by_kind(),
+        'device_seconds': clock.device_seconds(),
+        'params': runtime.params,
+        'joules': trainer.energy.joules(),
+        'memory': {**meters.memory(devices=jax.local_devices()), **trainer.memory},
+        'mfu': _mfu(trainer),
+        'data': runtime.dataset.describe(),
+        'execution': {'body': runtime.built.model.body.describe(), 'kernels': choices()},
+        'environment': setup.environment(),
+        'warnings': trainer.warnings,
+    }
+    if trainer.stop.requested:
+        return out
+    if trainer.config['finish']['gzip']:
+        out['gzip_bits_per_byte'] = gzip_bits(runtime.dataset)
+    if trainer.config['finish']['sample_tokens']:
+        out['sample'] = sample(runtime, trainer.state)
+    return out
+
+
+def gzip_bits(dataset: Any) -> float:
+    """Bits per byte of gzip -9 on the held-out documents, each compressed by itself.
+
+    Raises:
+      DataError: data without held-out text.
+    """
+    if dataset.info.kind != 'text':
+        raise DataError('config.finish.gzip compares text; this data has none.')
+    return gzip_baseline(dataset.documents('valid'))['bits_per_byte']
+
+
+def sample(runtime: Any, state: Mapping[str, Any]) -> str:
+    """Generates `config.finish.sample_tokens` tokens after the prompt, at temperature 0.8.
+
+    An empty prompt is a new document's beginning.
+    """
+    options = runtime.config['finish']
+    tokenizer = runtime.dataset.tokenizer
+    prompt = np.asarray(tokenizer.encode_batch([options['sample_prompt']])[0], np.int32)
+    if tokenizer.bos_id is not None:
+        prompt = np.concatenate([np.asarray([tokenizer.bos_id], np.int32), prompt])
+    if not prompt.size:
+        prompt = np.zeros(1, np.int32)
+    prompt = prompt[-_SAMPLE_CONTEXT:]
+    room = runtime.built.model.max_len - prompt.size
+    generate = make_generate(
+        runtime.built.graphdef,
+        tokens=max(1, min(options['sample_tokens'], room)),
+        sampling=Sampling(temperature=0.8, top_p=0.95),
+        stop=tokenizer.bos_id,
+    )
+    tokens, counts = generate(
+        runtime.eval_params(state),
+        state['buffers'],
+        jnp.asarray(prompt[None]),
+        jnp.asarray([prompt.size], jnp.int32),
+        jax.random.key(runtime.config['seed']),
+    )
+    ids = np.asarray(tokens)[0, : int(counts[0])]
+    ids = ids[ids != tokenizer.bos_id] if tokenizer.bos_id is not None else ids
+    return options['sample_prompt'] + tokenizer.decode(ids.tolist())
+
+
+def lines(out: Mapping[str, Any]) -> list[str]:
+    """Returns the summary as a few lines for a person."""
+    text = []
+    for name, values in out['eval'].items():
+        shown = ', '.join(f'{k} {v:.4g}' for k, v in values.items())
+        text.append(f'{name}: {shown}')
+    if 'gzip_bits_per_byte' in out:
+        text.append(
+            f'gzip -9 on the same held-out files: {out["gzip_bits_per_byte"]:.3f} bits/byte'
+        )
+    if out.get('sample'):
+        text += ['', 'sample:', *(f'    {line}' for line in out['sample'].splitlines()), '']
+    return text
+
+
+def _mfu(trainer: Any) -> dict[str, Any] | None:
+    clock, ledger = trainer.clock, trainer.ledger
+    return mfu(
+        model_flops=ledger.model_flops,
+        hardware_flops=ledger.hardware_flops,
+        device_seconds=clock.device_seconds('train') + clock.device_seconds('data'),
+        device=jax.devices()[0],
+        dtype=trainer.runtime.precision.policy.compute,
+    )

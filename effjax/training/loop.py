@@ -1,0 +1,397 @@
+"""The trainer: from a checked config to a finished run. Read `Trainer.run` from top to bottom.
+
+One step is always in flight: step t is dispatched before the metrics of step t-1 are fetched, so
+that the device never waits for the host. Every decision (learning rate, end of a stage,
+evaluations, checkpoints) is taken on the host from the ledger, which the checkpoint holds.
+"""
+
+import collections
+import dataclasses
+import itertools
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax import parallel
+from effjax.core.errors import CheckpointError, ConfigError, TrainingError
+from effjax.costs import Clock, Ledger
+from effjax.costs.meters import Energy
+from effjax.training import evaluate, resume, schedules
+from effjax.training.checkpoints import Checkpointer
+from effjax.training.compiled import CompiledStep
+from effjax.training.files import write_json_atomic
+from effjax.training.metrics import FILE, MetricsWriter, last_row
+from effjax.training.progress import make_progress
+from effjax.training.runtime import Runtime
+from effjax.training.signals import Stop, agree
+from effjax.training.stages import Stage
+
+
+@dataclasses.dataclass
+class _InFlight:
+    """A dispatched step whose metrics have not been fetched."""
+
+    vector: jax.Array
+    row: dict[str, Any]
+    position: dict[str, Any]  # of its batch, to name the samples if it goes wrong
+
+
+class Trainer:
+    """One run of one config in one folder.
+
+    Args:
+      config: a checked config.
+      workdir: the run's folder, made if need be.
+      say: shows a line to the user.
+
+    Raises:
+      ConfigError: a model, batch or mesh that does not fit, or an unwritable folder.
+      DataError: missing or empty data.
+      CheckpointError: the folder belongs to another config, or nothing in it is valid.
+    """
+
+    def __init__(self, config: Mapping[str, Any], workdir: pathlib.Path):
+        self.workdir = _folder(workdir)
+        self.runtime = Runtime(config)
+        self.config = self.runtime.config
+        self.clock = Clock(devices=jax.device_count())
+        self.energy = Energy()
+        self.ledger = Ledger()
+        self.position: dict[str, Any] | None = None
+        self.stage = 0
+        self.row: dict[str, Any] | None = None  # the last step's row, still to be written
+        self.resumed_from: int | None = None
+        self.last_saved: int | None = None
+        self.saved_at = time.monotonic()
+        self.speed = _Speed()
+        self.results: dict[str, dict[str, float]] = {}
+        self.memory: dict[str, Any] = {}
+        self.warnings: list[str] = []
+
+    # ---- the run ---------------------------------------------------------------------------
+
+    def run(self) -> str | None:
+        """Trains to the end or to a signal, whose name it returns."""
+        options = self.config['checkpoint']
+        self.checkpointer = Checkpointer(
+            self.workdir / 'checkpoints', keep=options['keep'], background=options['background']
+        )
+        with (
+            parallel.mesh_context(self.runtime.mesh, self.config['sharding']),
+            Stop() as self.stop,
+        ):
+            self.state = self._restored() or self.runtime.initial_state()
+            self._open_outputs()
+            try:
+                for stage in self.runtime.stages[self.stage :]:
+                    self._run_stage(stage)
+                    if self._stopping():
+                        break
+                else:
+                    self._evaluate(self.runtime.evaluations(stage))
+                self._write_row()
+                self._save(block=True)
+            finally:
+                self.bar.close()
+                self.writer.close()
+                self.checkpointer.close()
+        return self.stop.requested
+
+    def _run_stage(self, stage: Stage) -> None:
+        if self._used(stage.unit) >= stage.end:
+            return  # resumed after its end
+        if stage.index != self.stage:
+            self.stage = stage.index
+            self.state['stage'] = jnp.full_like(self.state['stage'], stage.index)
+            self._say(f'stage {stage.name}')
+        loader = self.runtime.loader(stage, self.position)
+        try:
+            first = next(loader)
+            with self.clock('compile'):
+                compiled = self.runtime.compile(stage, first[0])
+            self.memory = {'compiled': compiled.memory}
+            self.speed.start(self.ledger.steps, self._seconds())
+            with self.clock('train'):
+                self._steps(stage, compiled, itertools.chain([first], loader))
+        finally:
+            loader.close()
+
+    def _steps(self, stage: Stage, compiled: CompiledStep, batches: Iterator[Any]) -> None:
+        schedule = schedules.build(stage.config['schedule'])
+        evaluations = self.runtime.evaluations(stage)
+        flying: collections.deque[_InFlight] = collections.deque()
+        while not self._stopping():
+            used, size = self._used(stage.unit), self._step_extent(stage, compiled)
+            if used + size / 2 >= stage.end:
+                break  # a run ends with the step that comes nearest to its budget
+            lr = schedule(stage.progress(used + size / 2))
+            with self.clock('data'):
+                item = next(batches)
+            flying.append(self._dispatch(stage, item, compiled, lr))
+            if len(flying) > 1:
+                self._record(flying.popleft(), compiled, stage)
+            before, after = used / stage.total, min((used + size) / stage.total, 1.0)
+            due = [e for e in evaluations if e.due(self.ledger.steps, before, after)]
+            save = self._save_due()
+            if due or save:
+                self._drain(flying, compiled, stage)
+                if used + 1.5 * size < stage.end or stage.index + 1 < len(self.runtime.stages):
+                    self._evaluate(due)  # else the end is near, where every evaluation runs
+                if save:
+                    self._save()
+        self._drain(flying, compiled, stage)
+
+    # ---- one step --------------------------------------------------------------------------
+
+    def _dispatch(
+        self, stage: Stage, item: tuple[Any, Any, float], compiled: CompiledStep, lr: float
+    ) -> _InFlight:
+        batch, position, _ = item
+        before, self.position = self.position, position
+        self.state, vector = compiled(self.state, batch, np.float32(lr))
+        cost = compiled.cost
+        self.ledger.add_step(
+            cost.parts,
+            tokens=cost.tokens,
+            examples=cost.examples,
+            stage=stage.index,
+            hardware_flops=cost.hardware_flops,
+            optimizer_flops=cost.optimizer_flops,
+        )
+        row = {
+            'step': self.ledger.steps,
+            'stage': stage.index,
+            'lr': float(lr),
+            'tokens': self.ledger.tokens,
+            'examples': self.ledger.examples,
+            'model_flops': self.ledger.model_flops,
+            'hardware_flops': self.ledger.hardware_flops,
+        }
+        return _InFlight(vector, row, before or {})
+
+    def _record(self, flight: _InFlight, compiled: CompiledStep, stage: Stage) -> None:
+        """Waits for a step's metrics; the row before it is then complete and is written."""
+        values = dict(zip(compiled.names, np.asarray(flight.vector).tolist(), strict=True))
+        self._write_row()
+        self.row = {**flight.row, **values, 'seconds': self._seconds()}
+        self.row.pop('weight')
+        self.row['tokens_per_second'] = self.speed.update(
+            self.row['step'], self.row['seconds'], compiled.cost.tokens
+        )
+        self.bar.update(self.row)
+        if values['skipped']:
+            self.ledger.add_skipped(stage.index)
+            if self.runtime.precision.loss_scale is None:
+                self._not_finite(flight, values, stage)
+
+    def _drain(
+        self, flying: collections.deque[_InFlight], compiled: CompiledStep, stage: Stage
+    ) -> None:
+        while flying:
+            self._record(flying.popleft(), compiled, stage)
+
+    def _not_finite(self, flight: _InFlight, values: Mapping[str, float], stage: Stage) -> None:
+        self._write_row()
+        samples = self.runtime.sampler(stage).describe(flight.position)
+        good = (
+            f'the last good checkpoint is step {self.last_saved} in {self.checkpointer.folder}'
+            if self.last_saved is not None
+            else 'there is no checkpoint yet'
+        )
+        raise TrainingError(
+            f'the loss or its gradient is not finite at step {flight.row["step"]} '
+            f'(loss {values["loss"]}, gradient norm {values["grad_norm"]}, samples {samples}); '
+            f'{good}, and nothing was overwritten. Lower the learning rate, lengthen the warm-up, '
+            'or look at those samples.'
+        )
+
+    def _write_row(self) -> None:
+        if self.row is not None:
+            if self.row['step'] % self.config['log']['every_steps'] == 0 or 'eval' in self.row:
+                self.writer.write(self.row)
+            self.row = None
+
+    # ---- how far ---------------------------------------------------------------------------
+
+    def _seconds(self) -> float:
+        return self.clock.seconds('train') + self.clock.seconds('data')
+
+    def _used(self, unit: str) -> float:
+        if unit != 'seconds':
+            return float(getattr(self.ledger, unit))
+        # The one budget that no two machines agree on: process 0 decides for all.
+        return float(parallel.broadcast(np.float64(self._seconds())))
+
+    def _step_extent(self, stage: Stage, compiled: CompiledStep) -> float:
+        if stage.unit == 'steps':
+            return 1.0
+        if stage.unit == 'seconds':
+            return float(parallel.broadcast(np.float64(self.speed.seconds_per_step)))
+        return float(getattr(compiled.cost, stage.unit))
+
+    def _stopping(self) -> bool:
+        return agree(bool(self.stop.requested))
+
+    # ---- evaluations -----------------------------------------------------------------------
+
+    def _evaluate(self, due: list[evaluate.Evaluation]) -> None:
+        runtime = self.runtime
+        for evaluation in due:
+            with self.clock('eval'):
+                result = evaluate.run(
+                    evaluation,
+                    runtime.eval_step,
+                    runtime.eval_params(self.state),
+                    self.state['buffers'],
+                    runtime.put,
+                    runtime.task,
+                    stop=self._stopping,
+                )
+            if result is None:
+                return  # asked to stop: the checkpoint comes first
+            self.results[evaluation.name] = result
+            if self.row is not None:
+                self.row.setdefault('eval', {})[evaluation.name] = result
+            shown = '  '.join(f'{k} {v:.4g}' for k, v in result.items())
+            self._say(f'step {self.ledger.steps}  eval {evaluation.name}: {shown}')
+
+    # ---- checkpoints -----------------------------------------------------------------------
+
+    def _restored(self) -> dict[str, Any] | None:
+        """Returns the newest valid state and takes up its ledger, clock and data position."""
+        folder = self.checkpointer.folder
+        if not self.checkpointer.steps():
+            _refuse_other(self.workdir / 'config.json', self.config)
+            return None
+        params = self.runtime.abstract['params']
+        restored = self.checkpointer.restore(
+            self.runtime.abstract_sharded(),
+            check=lambda found: resume.check(found, self.config, params, folder),
+        )
+        for sentence in restored.skipped:
+            self._say(f'warning: {sentence}')
+        extra = restored.extra
+        self.ledger = Ledger.from_dict(extra['ledger'])
+        self.clock = Clock.from_dict(extra['clock'], devices=jax.device_count())
+        self.energy = Energy(spent=extra['joules'] or 0.0)
+        self.position, self.results = extra['position'], extra['results']
+        self.stage = int(restored.manifest['stage'])
+        self.resumed_from = self.last_saved = restored.step
+        self._book_waste()
+        return restored.state
+
+    def _save_due(self) -> bool:
+        options = self.config['checkpoint']
+        by_step = options['every_steps'] and self.ledger.steps % options['every_steps'] == 0
+        late = time.monotonic() - self.saved_at
+        by_time = bool(options['every_seconds']) and late >= options['every_seconds']
+        if options['every_seconds']:
+            by_time = bool(parallel.broadcast(np.int32(by_time)))
+        return bool(by_step or by_time)
+
+    def _save(self, block: bool = False) -> None:
+        """Saves the state, unless this step is saved already; by config, goes on if it fails."""
+        self.saved_at = time.monotonic()
+        self._write_row()
+        self.writer.flush()
+        if self.last_saved == self.ledger.steps:
+            return
+        manifest = resume.manifest(self.config, self.runtime.abstract['params'], self.stage)
+        with self.clock('checkpoint'):
+            extra = {
+                'ledger': self.ledger.to_dict(),
+                'clock': self.clock.to_dict(),
+                'joules': self.energy.joules(),
+                'position': self.position,
+                'results': self.results,
+            }
+            try:
+                self.checkpointer.save(
+                    self.ledger.steps, self.state, manifest=manifest, extra=extra, block=block
+                )
+            except CheckpointError as error:
+                if self.config['checkpoint']['on_error'] == 'stop':
+                    raise
+                self.warnings.append(str(error))
+                self._say(f'warning: {error} Training goes on.')
+                return
+        self.last_saved = self.ledger.steps
+
+    def _book_waste(self) -> None:
+        """Charges what an interrupted run did after its last checkpoint."""
+        last = last_row(self.workdir / FILE)
+        if last is not None:
+            self.ledger.add_waste_since(last, seconds=self._seconds())
+
+    # ---- outputs ---------------------------------------------------------------------------
+
+    def _open_outputs(self) -> None:
+        log = self.config['log']
+        if jax.process_index() == 0:
+            write_json_atomic(self.workdir / 'config.json', self.config)
+        self.writer = MetricsWriter(
+            self.workdir,
+            resume_step=self.resumed_from or 0,
+            tensorboard=log['tensorboard'],
+            wandb=log['wandb'],
+            config=self.config,
+        )
+        stages = self.runtime.stages
+        self.bar = make_progress(log['progress'], stages[0].unit, stages[0].total)
+        if self.resumed_from is not None:
+            self._say(f'resumed from step {self.resumed_from} in {self.workdir}')
+
+    def _say(self, text: str) -> None:
+        if hasattr(self, 'bar'):
+            self.bar.line(text)
+        elif self.config['log']['progress'] and jax.process_index() == 0:
+            print(text, flush=True)
+
+
+class _Speed:
+    """Seconds a step, from when a stage's step was first run."""
+
+    def __init__(self) -> None:
+        self.seconds_per_step = 0.0
+        self._start: tuple[int, float] = (0, 0.0)
+        self._last: tuple[int, float] = (0, 0.0)
+
+    def start(self, step: int, seconds: float) -> None:
+        self._start = self._last = (step, seconds)
+
+    def update(self, step: int, seconds: float, tokens: int) -> float:
+        """Takes a step that ended at `seconds`; returns its tokens a second."""
+        steps, spent = step - self._start[0], seconds - self._start[1]
+        self.seconds_per_step = spent / max(steps, 1)
+        taken, self._last = seconds - self._last[1], (step, seconds)
+        return tokens / max(taken, 1e-9)
+
+
+def _folder(workdir: pathlib.Path) -> pathlib.Path:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / '.writable'
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as e:
+        raise ConfigError(
+            f'cannot write to the work folder {workdir} ({e.strerror}); give another --workdir.'
+        ) from e
+    return workdir
+
+
+def _refuse_other(file: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Refuses a folder whose config is another experiment's, even without a checkpoint."""
+    if not file.exists():
+        return
+    try:
+        found = json.loads(file.read_text())
+    except ValueError:
+        return  # half-written by something else; nothing of a run depends on it
+    resume.check_config(found, config, file)

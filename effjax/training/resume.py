@@ -1,0 +1,79 @@
+"""What a checkpoint says of its run, and whether a config may go on from it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from effjax.core import trees
+from effjax.core.errors import CheckpointError
+
+# A run that changes one of these is another experiment; anything else (extent, mesh, logging,
+# checkpoint policy, evaluations, execution) may change on resume.
+IDENTITY = ('seed', 'data', 'task', 'model', 'precision', 'optimizer')
+
+
+def manifest(config: Mapping[str, Any], params: Any, stage: int) -> dict[str, Any]:
+    """Returns what is read first of a checkpoint: config, stage, and each parameter's form.
+
+    Args:
+      config: the resolved config as plain dicts.
+      params: abstract or real parameters.
+      stage: index of the stage that the state belongs to.
+    """
+    return {
+        'config': dict(config),
+        'stage': stage,
+        'params': {
+            name: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype)}
+            for name, leaf in trees.flatten(params).items()
+        },
+    }
+
+
+def check(found: Mapping[str, Any], config: Mapping[str, Any], params: Any, folder: Any) -> None:
+    """Checks that a checkpoint's manifest belongs to this config.
+
+    Raises:
+      CheckpointError: naming the parameters or the config keys that differ, and what to do.
+    """
+    wrong = trees.differences(
+        {k: _Form(v['shape'], v['dtype']) for k, v in found['params'].items()},
+        trees.flatten(params),
+    )
+    if wrong:
+        more = f' (and {len(wrong) - 5} more)' if len(wrong) > 5 else ''
+        raise CheckpointError(
+            f'the model of this config does not fit the checkpoints in {folder}: '
+            f'{"; ".join(wrong[:5])}{more}. Give another --workdir, or the config that made it.'
+        )
+    check_config(found['config'], config, folder)
+
+
+def check_config(found: Mapping[str, Any], config: Mapping[str, Any], where: Any) -> None:
+    """Checks that a saved config is the same experiment as this one.
+
+    Raises:
+      CheckpointError: naming the keys that differ, and what to do.
+    """
+    keys = []
+    for key in IDENTITY:
+        keys += _changed(found.get(key), config[key], key)
+    if keys:
+        more = f' (and {len(keys) - 5} more)' if len(keys) > 5 else ''
+        raise CheckpointError(
+            f'{where} belongs to another config, which differs in {"; ".join(keys[:5])}{more}. '
+            'Give another --workdir, or the config that made it.'
+        )
+
+
+class _Form:
+    def __init__(self, shape: list[int], dtype: str):
+        self.shape, self.dtype = tuple(shape), dtype
+
+
+def _changed(old: Any, new: Any, path: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        out = []
+        for key in sorted({*old, *new}):
+            out += _changed(old.get(key), new.get(key), f'{path}.{key}')
+        return out
+    return [] if old == new else [f'{path}: {old!r} there, {new!r} here']

@@ -1,0 +1,179 @@
+"""Everything static about a run: devices, data, model, optimizer, compiled steps.
+
+The loop asks for these; a dry run, generation and studies build the same thing. Nothing here
+changes while training.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from effjax import data, models, parallel, precision
+from effjax.core import trees
+from effjax.core.config import as_dict
+from effjax.training import ema, evaluate, optimizers, setup
+from effjax.training import state as state_lib
+from effjax.training import step as step_lib
+from effjax.training.compiled import CompiledStep, compile_train
+from effjax.training.stages import Stage, plan
+
+
+class Runtime:
+    """A checked config made concrete, before its first step.
+
+    Args:
+      config: a config whose form and blocks have been checked.
+
+    Attributes:
+      config: the resolved config, as plain dicts: what the data knows is filled in.
+      mesh: the devices.
+      dataset: the data of the first stage.
+      stages: the run's stages.
+      task: the objective.
+      precision: dtypes and loss scaling.
+      built: the model without arrays.
+      abstract: shapes and dtypes of the train state.
+      shardings: a sharding for each of its leaves.
+      params: number of parameters.
+
+    Raises:
+      ConfigError: a model, batch or mesh that does not fit.
+      DataError: missing or empty data.
+      DeviceError: a mesh larger than the devices.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        parallel.initialize()
+        plain = as_dict(config)
+        self.mesh = parallel.make_mesh(plain['mesh'])
+        for stage in plan(plain):
+            parallel.check_batch(stage.config['batch_size'], self.mesh, stage.config['accumulate'])
+        self._datasets: dict[str, Any] = {}
+        self.dataset = self._dataset(plan(plain)[0].config)
+        self.config = setup.resolve(plain, self.dataset.info)
+        self.stages = plan(self.config)
+        self.task = setup.build_task(self.config)
+        self.precision = precision.build(self.config['precision'])
+        self.built = models.build(self.config, mesh=self.mesh)
+        self.params = trees.count(self.built.abstract_state['params'])
+        optimizer = self.optimizer(self.stages[0])
+        scale, average = self.precision.loss_scale, bool(self.config['ema'])
+        self.abstract = state_lib.abstract(self.built, optimizer, scale, average)
+        self.shardings = state_lib.shardings(self.built, optimizer, self.abstract, self.mesh)
+
+    # ---- state -----------------------------------------------------------------------------
+
+    def initial_state(self) -> dict[str, Any]:
+        """Makes the first train state under one jit, every leaf born with its sharding."""
+        init = state_lib.initialiser(
+            self.built,
+            self.optimizer(self.stages[0]),
+            self.precision.loss_scale,
+            bool(self.config['ema']),
+        )
+        key = jax.random.key(self.config['seed'])
+        return jax.jit(init, out_shardings=self.shardings)(key)
+
+    def abstract_sharded(self) -> dict[str, Any]:
+        """Returns the state's shapes with shardings: what a restore needs."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self.abstract,
+            self.shardings,
+        )
+
+    # ---- data ------------------------------------------------------------------------------
+
+    def sampler(self, stage: Stage) -> Any:
+        """Returns the sampler of a stage: batches as a pure function of a position."""
+        config = stage.config
+        dataset = self._dataset(config)
+        return dataset.train(config['batch_size'], config['seq_len'], config['seed'])
+
+    def loader(self, stage: Stage, position: dict[str, Any] | None) -> Any:
+        """Returns an iterator of (placed batch, position after it, seconds waited)."""
+        sampler = self.sampler(stage)
+        rows = parallel.process_rows(stage.config['batch_size'], self.mesh)
+        start = sampler.initial() if position is None else position
+        return data.Loader(sampler, start, rows=rows, put=self.put)
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Places this process's rows of a batch on the mesh."""
+        return parallel.put_batch(batch, self.mesh)
+
+    def evaluations(self, stage: Stage) -> list[evaluate.Evaluation]:
+        """Returns the evaluations, with the stage's batch size and sequence length."""
+        config = stage.config
+        rows = parallel.process_rows
+        return evaluate.plan(
+            self.config, self._dataset(config), config['batch_size'], config['seq_len'],
+            lambda size: rows(size, self.mesh),
+        )  # fmt: skip
+
+    def _dataset(self, config: Mapping[str, Any]) -> Any:
+        key = repr((config['data'], config['seq_len']))
+        if key not in self._datasets:
+            self._datasets[key] = data.build(config['data'], seq_len=config['seq_len'])
+        return self._datasets[key]
+
+    # ---- steps -----------------------------------------------------------------------------
+
+    def optimizer(self, stage: Stage) -> Any:
+        """Returns the optimizer with a stage's settings."""
+        config = stage.config
+        return optimizers.build(
+            config['optimizer'],
+            meta=self.built.meta['params'],
+            lr_scales=config['lr_scales'],
+            decay_scales=config['decay_scales'],
+        )
+
+    def raw_step(self, stage: Stage) -> Any:
+        """Returns a stage's train step, a pure function to be jitted."""
+        average = None
+        if self.config['ema']:
+            average = functools.partial(ema.update, decay=self.config['ema'])
+        return step_lib.make_train_step(
+            self.built.graphdef,
+            self.task,
+            self.optimizer(stage),
+            loss_scale=self.precision.loss_scale,
+            clip_norm=stage.config['clip_norm'],
+            accumulate=stage.config['accumulate'],
+            ema=average,
+            seed=self.config['seed'],
+        )
+
+    def costs(self, stage: Stage) -> dict[str, Any]:
+        """Returns `part -> Cost` of one batch of a stage."""
+        return self.built.model.cost(stage.config['batch_size'], stage.config['seq_len'])
+
+    def compile(self, stage: Stage, batch: Mapping[str, jax.Array]) -> CompiledStep:
+        """Compiles a stage's step for a placed batch."""
+        config = stage.config
+        return compile_train(
+            self.raw_step(stage),
+            state=self.abstract,
+            shardings=self.shardings,
+            batch=batch,
+            mesh=self.mesh,
+            parts=self.costs(stage),
+            units=self.task.units(config['batch_size'], config['seq_len']),
+            optimizer_flops=self.optimizer(stage).flops(self.abstract['params']),
+        )
+
+    @functools.cached_property
+    def eval_step(self) -> Any:
+        """The jitted evaluation step: `(params, buffers, batch) -> {name: [sum, weight]}`."""
+        return jax.jit(step_lib.make_eval_step(self.built.graphdef, self.task))
+
+    @functools.cached_property
+    def eval_params(self) -> Any:
+        """Jitted `state -> params` to judge: the average, or what the optimizer says."""
+        if self.config['ema']:
+            return lambda state: state['ema']
+        choose = self.optimizer(self.stages[0]).eval_params
+        return jax.jit(lambda state: choose(state['optimizer'], state['params']))

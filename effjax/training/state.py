@@ -1,0 +1,82 @@
+"""The train state: a dict of arrays beside a graphdef, its shapes, shardings and first values.
+
+    {params, buffers, frozen, optimizer, ema, loss_scale, step, stage}
+
+`abstract` and `shardings` describe it without allocating; `initialise` makes it under one jit with
+out-shardings, so that nothing is ever whole on one device. A transition between stages may call
+both again for another model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from effjax.core.axes import Buffer
+
+State = dict[str, Any]
+
+
+def abstract(built: Any, optimizer: Any, loss_scale: Any, ema: bool) -> State:
+    """Returns the state's shapes and dtypes.
+
+    Args:
+      built: what `effjax.models.build` returned.
+      optimizer: see `effjax.training.optimizers`.
+      loss_scale: dynamic loss scaling, or None.
+      ema: whether a moving average of the parameters is kept.
+    """
+    params = built.abstract_state['params']
+    return {
+        'params': params,
+        'buffers': built.abstract_state['buffers'],
+        'frozen': {},
+        'optimizer': jax.eval_shape(optimizer.init, params),
+        'ema': params if ema else {},
+        'loss_scale': jax.eval_shape(loss_scale.init) if loss_scale else {},
+        'step': jax.ShapeDtypeStruct((), jnp.int32),
+        'stage': jax.ShapeDtypeStruct((), jnp.int32),
+    }
+
+
+def shardings(built: Any, optimizer: Any, state: State, mesh: Mesh) -> State:
+    """Returns a sharding for every leaf: moments and average follow their parameters."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    params = built.shardings['params']
+    return {
+        'params': params,
+        'buffers': built.shardings['buffers'],
+        'frozen': {},
+        'optimizer': optimizer.state_shardings(state['params'], params, mesh),
+        'ema': params if state['ema'] else {},
+        'loss_scale': jax.tree.map(lambda _: replicated, state['loss_scale']),
+        'step': replicated,
+        'stage': replicated,
+    }
+
+
+def initialiser(
+    built: Any, make_model: Callable[[nnx.Rngs], Any], optimizer: Any, loss_scale: Any, ema: bool
+) -> Callable[[jax.Array], State]:
+    """Returns `f(key) -> state`, to be jitted with the state's shardings."""
+    del built
+
+    def init(key: jax.Array) -> State:
+        model = make_model(nnx.Rngs(params=key))
+        _, params, buffers = nnx.split(model, nnx.Param, Buffer)
+        params, buffers = nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
+        return {
+            'params': params,
+            'buffers': buffers,
+            'frozen': {},
+            'optimizer': optimizer.init(params),
+            'ema': jax.tree.map(jnp.copy, params) if ema else {},
+            'loss_scale': loss_scale.init() if loss_scale else {},
+            'step': jnp.zeros((), jnp.int32),
+            'stage': jnp.zeros((), jnp.int32),
+        }
+
+    return init
