@@ -2,8 +2,7 @@
 
 Orbax restores a flipped byte in a small array silently, with wrong values. So every file of a
 checkpoint is hashed right after it was written, and again before anything is read from it. The
-list itself holds no redundancy but is canonical: a flipped byte in it either breaks its form or
-disagrees with the file that it describes.
+list holds its own checksum and is compared with the only form it can have, so every byte counts.
 """
 
 import hashlib
@@ -92,16 +91,14 @@ def _describe(path: pathlib.Path, flush: bool = False) -> list:
 
 
 def _render(files: dict[str, list]) -> str:
-    return json.dumps({'blake2b': files}, indent=1, sort_keys=True) + '\n'
+    own = hashlib.blake2b(json.dumps(files, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return json.dumps({'files': files, 'list': own}, indent=1, sort_keys=True) + '\n'
 
 
 def _parse(text: str) -> dict[str, list] | None:
     """Returns the list, or None where `text` is not exactly what `write` writes."""
     try:
-        files = json.loads(text)['blake2b']
-        canonical = all(
-            isinstance(size, int) and isinstance(digest, str) for size, digest in files.values()
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
+        files = json.loads(text)['files']
+        return files if _render(files) == text else None
+    except (ValueError, KeyError, TypeError):
         return None
-    return files if canonical and _render(files) == text else None

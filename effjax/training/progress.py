@@ -183,13 +183,15 @@ class _Bar:
         from rich.console import Console
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
+        console = Console(file=stream)
         # The trainer redraws: a refresh thread would take time from the step on small machines.
         self._rich = RichProgress(
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=max(8, min(40, console.width - 72))),  # the text takes about 66
             TaskProgressColumn(),
-            TextColumn('{task.fields[text]}', markup=False),
-            console=Console(file=stream),
+            TextColumn('{task.fields[text]}', markup=False, table_column=Column(no_wrap=True)),
+            console=console,
             auto_refresh=False,
         )
         self._task = self._rich.add_task('', total=1.0, text='')

@@ -1,4 +1,4 @@
-"""Leaving in good order: one signal asks the run to save and stop, a second one stops it at once."""
+"""Leaving in good order: one signal asks the run to save and stop, a second stops it at once."""
 
 import os
 import signal
