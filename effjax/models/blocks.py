@@ -21,6 +21,7 @@ from effjax.core.registry import arguments, check_block, lookup, parameters
 from effjax.layers.ffn import FFNS
 from effjax.layers.mixers import MIXERS as LAYER_MIXERS
 from effjax.layers.norms import NORMS
+from effjax.parallel import constrain
 
 BLOCKS = {
     'sequential': 'effjax.models.blocks:Sequential',
@@ -167,7 +168,8 @@ class Block(nnx.Module):
             return dropout(y, self.rate, info.fold(3))
 
         y = self.wire(x_BTD, mix, feed)
-        return y.astype(x_BTD.dtype), out['state'], out['aux']
+        y = constrain(y.astype(x_BTD.dtype), ('batch', 'sequence', 'embed'))
+        return y, out['state'], out['aux']
 
     def step(
         self, x_BD: jax.Array, state: Tree, *, reset: jax.Array | None = None

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from effjax import parallel, precision
 from effjax.core import axes
 from effjax.core.config import as_dict
 from effjax.core.registry import arguments, check_block
@@ -31,6 +32,8 @@ class Built:
       meta: dict(params=, buffers=) with a `core.axes.Meta` for each leaf.
       model: the abstract module: for costs, never for a forward pass.
       make: `make(rngs)` builds the real module.
+      rules: logical axis -> mesh axes, for `parallel.mesh_context`.
+      fallbacks: a sentence for each axis that could not be sharded by its rule.
     """
 
     graphdef: nnx.GraphDef
@@ -39,6 +42,8 @@ class Built:
     meta: Tree
     model: Any
     make: Callable[[nnx.Rngs], nnx.Module]
+    rules: Mapping[str, tuple[str, ...]]
+    fallbacks: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.graphdef, self.abstract_state, self.shardings))
@@ -76,10 +81,14 @@ def build(config: Mapping[str, Any], *, mesh: jax.sharding.Mesh | None = None) -
         return component(setup, **args, rngs=rngs)
 
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-    graphdef, params, buffers = nnx.split(model, nnx.Param, axes.Buffer)
+    _, params, buffers = nnx.split(model, nnx.Param, axes.Buffer)
     meta = {'params': axes.metadata(params), 'buffers': axes.metadata(buffers)}
-    _, abstract = split(model)
-    return Built(graphdef, abstract, _shardings(config, meta, abstract, mesh), meta, model, make)
+    graphdef, abstract = split(model)
+    rules = parallel.make_rules(config['sharding'])
+    if mesh is None:
+        mesh = parallel.make_mesh(config['mesh'])
+    shardings, fallbacks = parallel.shardings(meta, abstract, mesh, rules)
+    return Built(graphdef, abstract, shardings, meta, model, make, rules, tuple(fallbacks))
 
 
 def init_params(built: Built, key: jax.Array) -> Tree:
@@ -95,19 +104,8 @@ def init_params(built: Built, key: jax.Array) -> Tree:
 
 
 def _setup(config: Mapping[str, Any]) -> Setup:
-    from effjax import precision
-
     return Setup(
         policy=precision.build(config['precision']).policy,
         execution=Execution.of(config['execution']),
         seq_len=config['seq_len'],
     )
-
-
-def _shardings(config: Mapping[str, Any], meta: Tree, abstract: Tree, mesh: Any) -> Tree:
-    from effjax.parallel.mesh import make_mesh
-    from effjax.parallel.sharding import resolve
-
-    if mesh is None:
-        mesh = make_mesh(config['mesh'])
-    return resolve(meta, abstract, mesh, config['sharding'])
