@@ -11,7 +11,8 @@ split. A text source (`modality == 'text'`) streams `Document`s:
 An image source (`modality == 'image'`) is indexed:
 
     splits, image_shape (H, W, C), classes, class_names
-    examples(split) -> Examples: `len`, and `[indices] -> dict(image uint8 [N,H,W,C], label int32 [N])`
+    examples(split) -> Examples: `len`, and
+        `[indices] -> dict(image=uint8 [N, H, W, C], label=int32 [N])`
     arrays(split) -> (images, labels), everything at once
     describe() -> dict
 
@@ -44,7 +45,7 @@ _LAZY = {
     'TOKENIZERS': 'effjax.data.tokenizers',
 }
 
-__all__ = ['SOURCES', 'Document', *_LAZY]
+__all__ = ['SOURCES', 'TOKENIZERS', 'DataInfo', 'Dataset', 'Document', 'Loader', 'build']
 
 
 def __getattr__(name: str) -> Any:

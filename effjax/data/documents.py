@@ -154,7 +154,8 @@ class DocumentSource:
             parts = {p: ''.join(d.text for d in self._clean(p)) for p in wanted}
         else:
             text = ''.join(d.text for d in self._clean('all'))
-            parts = dict(zip(('train', 'valid'), splitting.by_position(text, self.valid_fraction)))
+            train, valid = splitting.by_position(text, self.valid_fraction)
+            parts = {'train': train, 'valid': valid}
         for split in wanted:
             if parts[split]:
                 yield split, Document(f'{self.name}#{split}', parts[split], self.name)

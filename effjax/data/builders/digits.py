@@ -30,5 +30,5 @@ class EffjaxDigits(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str):
         images, labels = Digits().arrays(split)
-        for i, (image, label) in enumerate(zip(images, labels)):
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
             yield i, {'image': image, 'label': int(label)}

@@ -99,10 +99,10 @@ class ImageFolder(ImageSource):
         import PIL.Image
 
         try:
-            with PIL.Image.open(io.BytesIO(data)) as image:
-                if image.mode not in _EIGHT_BITS:
-                    raise DataError(f'{name} has {image.mode} pixels; convert it to 8 bits.')
-                image = image.convert('L' if self._channels == 1 else 'RGB')
+            with PIL.Image.open(io.BytesIO(data)) as stored:
+                if stored.mode not in _EIGHT_BITS:
+                    raise DataError(f'{name} has {stored.mode} pixels; convert it to 8 bits.')
+                image = stored.convert('L' if self._channels == 1 else 'RGB')
         except (OSError, SyntaxError, ValueError) as e:  # all of these mean a damaged file
             if isinstance(e, DataError):
                 raise

@@ -132,7 +132,8 @@ class TfdsText(DocumentSource):
                 where = f'{reader.split}/{i}'
                 if not isinstance(value, bytes | str):
                     raise DataError(
-                        f'{self.name}: feature {self._key!r} holds {type(value).__name__}, not text.'
+                        f'{self.name}: feature {self._key!r} holds '
+                        f'{type(value).__name__}, not text.'
                     )
                 try:
                     text = value if isinstance(value, str) else value.decode()
