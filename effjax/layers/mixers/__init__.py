@@ -1,0 +1,25 @@
+"""Sequence mixers: what moves information along the sequence.
+
+Contract: `Mixer(ctx, *, <config arguments>, rngs)`, and
+  `mixer(x_BTD, *, info, context=None, state=None, return_state=False) -> (y_BTD, state, aux)`: the
+    parallel form. `info` carries positions and documents (0 is padding): nothing crosses a change
+    of document, and padding is never read. With `state` it continues where the state ends; the
+    new state comes back where `return_state` (static) or a state was given, else None;
+  `init_state(batch, max_len, dtype)`: the empty state, a dict of arrays with the batch in front;
+  `step(x_BD, state, *, reset=None) -> (y_BD, state)`: one token; `reset` (bool [B]) says where it
+    begins a new document;
+  `cost(batch, seq_len) -> Cost` and `state_bytes(batch, max_len, dtype)`: from static attributes
+    only, since parameters may be stacked over layers;
+  `causal` (bool), and `supports`, a frozenset of 'packing' (several documents a row), 'stepping'
+    (states and steps), 'bidirectional' (a context with causal=False), 'context' (attending to
+    another sequence).
+A state holds each row's last document and position, so that a cut on a document's boundary is
+exact; at a row's end it belongs to the last document, padding after it or not. A mixer that
+cannot do a thing raises a `ValueError` naming itself, the thing, and what to use instead.
+`tests/layers/test_mixer_contract.py` checks every entry of `MIXERS`.
+"""
+
+MIXERS = {
+    'attention': 'effjax.layers.mixers.attention:Attention',
+    'shaped_attention': 'effjax.layers.mixers.shaped:ShapedAttention',
+}
