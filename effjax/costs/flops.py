@@ -41,7 +41,7 @@ _OPAQUE = frozenset({
 _Tally = dict[tuple[str, str, str, str], float]  # (kind, primitive, scope, phase) -> FLOPs
 
 _TRANSFORM = re.compile(r'[a-z_0-9]+\(')
-_NOT_A_SCOPE = frozenset({'', 'rematted_computation', 'checkpoint', 'while', 'body', 'cond'})
+_NOT_A_SCOPE = frozenset({'', 'rematted_computation', 'checkpoint'})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,10 +67,20 @@ def host_bytes() -> int | None:
     return None
 
 
-def memory(compiled: Any = None, devices: Iterable[Any] = ()) -> dict[str, Any]:
-    """Returns what summary.json shows as `memory`; what cannot be measured is None."""
+def memory(devices: Iterable[Any] | None = None) -> dict[str, int | None]:
+    """Returns the measured peaks that summary.json shows; what cannot be measured is None.
+
+    Args:
+      devices: whose memory to read; None for this process's.
+
+    Returns:
+      {'device_peak_bytes' (of the fullest device), 'host_peak_bytes'}.
+    """
+    if devices is None:
+        import jax  # late: reports and plans use this module without a backend
+
+        devices = jax.local_devices()
     return {
-        'compiled': None if compiled is None else compiled_memory(compiled),
         'device_peak_bytes': peak_device_bytes(devices),
         'host_peak_bytes': host_peak_bytes(),
     }
