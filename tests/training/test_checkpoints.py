@@ -268,6 +268,15 @@ def test_killed_between_commit_and_checksums(copy):
     checkpointer.close()
 
 
+def test_leftovers_of_kills_are_cleared_and_damaged_ones_kept(copy):
+    (copy / '5.deleting').mkdir()  # killed while deleting an old one
+    (copy / '30.orbax-checkpoint-tmp').mkdir()  # killed while writing
+    (copy / '20.damaged').mkdir()
+    (copy / '20' / checksums.FILE).unlink()
+    save(copy, 30)
+    assert sorted(p.name for p in copy.iterdir()) == ['10', '20.damaged', '20.damaged2', '30']
+
+
 class FileSizeLimit:
     """Makes writes beyond a size fail in this process, as a full disk does."""
 
@@ -400,20 +409,20 @@ def test_kill_while_saving(tmp_path, delay):
 
 
 _TWO_PROCESSES = """
-import sys, time
+import sys
 import jax, numpy as np
 jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from effjax.core.errors import CheckpointError
 from effjax.training import checkpoints, checksums
-from effjax.training.signals import agree
+from effjax.training.signals import Agreement, agree
 
 first = jax.process_index() == 0
 assert agree(first) and not agree(False)
-start = time.perf_counter()
-for _ in range(20):
-    agree(False)
-print(f'agree {(time.perf_counter() - start) / 20 * 1e3:.2f} ms', flush=True)
+agreement = Agreement()
+answers = [agreement(first and i >= 5) for i in range(30)]  # both stop at the same call
+assert answers == sorted(answers) and answers[-1] and not answers[4]
+print('stop at', answers.index(True), flush=True)
 
 sharding = NamedSharding(Mesh(np.array(jax.devices()), 'data'), P('data'))
 state = {'w': jax.jit(lambda: jax.numpy.arange(8.0), out_shardings=sharding)()}
@@ -453,6 +462,8 @@ def test_two_processes(tmp_path, free_port):
     ]
     outputs = [child.communicate(timeout=120)[0] for child in children]
     assert all('done' in text for text in outputs), '\n'.join(outputs)
+    stops = {line for text in outputs for line in text.splitlines() if 'stop at' in line}
+    assert len(stops) == 1, stops
     # One process's checkpoint of two devices is read by one process with one device.
     shape = jax.ShapeDtypeStruct((8,), jnp.float32)
     found = Checkpointer(tmp_path).restore({'w': shape})
