@@ -5,6 +5,8 @@ Feed-forward widths are such that the parameters come to 374M and 1.36B with an 
 
 import dataclasses
 
+BATCHES = 16  # different batches of random tokens that a program takes in turn
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
