@@ -9,6 +9,7 @@ exactly at progress 1.
 
 import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -76,7 +77,7 @@ def linear(*, peak: float, warmup: float = 0.0, final: float = 0.0) -> Schedule:
 
 
 def cosine(*, peak: float, warmup: float = 0.0, final: float = 0.0) -> Schedule:
-    """Half a cosine from `peak` to `final * peak` (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
+    """Half a cosine from `peak` to `final * peak` (Loshchilov, Hutter 2017, arXiv:1608.03983)."""
     _check(peak, warmup, final=final)
 
     def shape(progress: float) -> float:
@@ -168,7 +169,7 @@ def _points(points: Sequence[Any]) -> tuple[list[float], list[float]]:
     if len(pairs) < 2 or any(len(p) != 2 for p in pairs):
         raise ConfigError(f'.points must be at least two pairs (progress, rate), got {points!r}.')
     xs, ys = [float(x) for x, _ in pairs], [float(y) for _, y in pairs]
-    rising = all(a < b for a, b in zip(xs, xs[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(xs))
     if xs[0] != 0 or xs[-1] != 1 or not rising:
         raise ConfigError(f'.points must rise in progress from 0 to 1, got {xs}.')
     if min(ys) < 0:

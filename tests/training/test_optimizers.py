@@ -121,7 +121,8 @@ def test_reaches_the_minimum_of_a_quadratic(kind):
     optimizer = optimizers.build({'kind': kind, 'weight_decay': 0.0}, meta=_meta(True))
 
     def loss(p):
-        return sum(jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (p, target))))
+        squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), p, target)
+        return sum(jax.tree.leaves(squares))
 
     @jax.jit
     def run(params):
@@ -293,7 +294,7 @@ def test_elementwise_optimizers_do_nothing_but_elementwise_work(kind):
     jaxpr = jax.make_jaxpr(optimizer.update)(params, state, params, jnp.float32(0.1))
     small = min(x.size for x in jax.tree.leaves(params))
     used = {name for name, shape in _primitives(jaxpr.jaxpr) if np.prod(shape) >= small}
-    allowed = set('add sub mul div neg sign sqrt square integer_pow copy_p copy'.split())
+    allowed = {'add', 'sub', 'mul', 'div', 'neg', 'sign', 'sqrt', 'square', 'integer_pow'}
     assert used <= allowed
 
 

@@ -1,5 +1,6 @@
 """Schedules: ends, monotony, float64, and messages."""
 
+import itertools
 import math
 
 import numpy as np
@@ -32,8 +33,8 @@ def test_ends_and_monotony(block, final, warmup):
     assert max(rates) <= 3e-4
     start = math.ceil(warmup * 1000)
     assert rates[0] == (0.0 if warmup else 3e-4)
-    assert all(a <= b for a, b in zip(rates[:start], rates[1:start], strict=False))
-    assert all(a >= b for a, b in zip(rates[start:], rates[start + 1 :], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(rates[:start]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[start:]))
 
 
 def test_values():

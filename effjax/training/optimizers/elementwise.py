@@ -49,7 +49,7 @@ def lion(
 ) -> Optimizer:
     """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of an interpolated momentum.
 
-    Its learning rate is usually 3 to 10 times smaller than AdamW's, and its decay larger by as much.
+    Its learning rate is usually 3 to 10 times smaller than AdamW's, its decay as much larger.
 
     Args:
       leaves: tree of `Leaf`.

@@ -3,17 +3,21 @@
 import math
 from typing import Any
 
-_ELEMENTWISE = frozenset(
-    'add sub mul div rem pow integer_pow sqrt rsqrt cbrt neg sign abs max min exp exp2 expm1 log '
-    'log1p tanh square clamp add_any'.split()
-)
-_REDUCTIONS = frozenset('reduce_sum reduce_max reduce_min reduce_prod'.split())
+# fmt: off
+_ELEMENTWISE = frozenset({
+    'abs', 'add', 'add_any', 'cbrt', 'clamp', 'div', 'exp', 'exp2', 'expm1', 'integer_pow', 'log',
+    'log1p', 'max', 'min', 'mul', 'neg', 'pow', 'rem', 'rsqrt', 'sign', 'sqrt', 'square', 'sub',
+    'tanh',
+})
+# fmt: on
+_REDUCTIONS = frozenset({'reduce_sum', 'reduce_max', 'reduce_min', 'reduce_prod'})
 
 
 def arithmetic(jaxpr: Any) -> float:
-    """Returns a jaxpr's arithmetic: products 2 m n k, the rest 1 an element (see `Optimizer.flops`).
+    """Returns a jaxpr's arithmetic: products 2 m n k, the rest 1 an element.
 
-    Scalars are not counted; a scan counts its body times its length.
+    The convention is that of `Optimizer.flops`. Scalars are not counted; a scan counts its body
+    times its length.
     """
     total = 0.0
     for eqn in jaxpr.eqns:

@@ -112,6 +112,9 @@ def layerwise(
       leaves: tree of `Leaf`.
       joined: whether the transformation sees joined dimensions flattened (`Leaf.view`).
     """
+    facts: list[Leaf]
+    treedef: Any
+    outer: Any
     facts, treedef = jax.tree.flatten(leaves)
     transforms = [make(leaf) for leaf in facts]
     # Counts are what is scalar in the state of a matrix.
