@@ -20,7 +20,7 @@ from effjax.core.config import as_dict
 from effjax.core.errors import ConfigError
 from effjax.training.files import plain, write_json_atomic
 
-__all__ = ['MetricsWriter', 'drop_after', 'write_json_atomic']
+__all__ = ['FILE', 'MetricsWriter', 'drop_after', 'last_row', 'write_json_atomic']
 
 FILE = 'metrics.jsonl'
 
@@ -121,6 +121,17 @@ def drop_after(path: pathlib.Path, step: int) -> None:
         new.flush()
         os.fsync(new.fileno())
     temporary.replace(path)
+
+
+def last_row(path: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the last whole line of a metrics file, or None where there is none."""
+    last = None
+    if path.exists():
+        with path.open('rb') as f:
+            for line in f:
+                if _step_of(line) < float('inf'):
+                    last = line
+    return json.loads(last) if last else None
 
 
 def _step_of(line: bytes) -> float:

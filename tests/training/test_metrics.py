@@ -11,7 +11,7 @@ import pytest
 from effjax.core.errors import ConfigError
 from effjax.training import metrics
 from effjax.training.files import write_json_atomic
-from effjax.training.metrics import MetricsWriter
+from effjax.training.metrics import MetricsWriter, last_row
 
 
 def rows(workdir):
@@ -38,6 +38,7 @@ def test_resume_drops_later_steps_and_half_a_line(tmp_path):
     write(tmp_path, 1, 2, 3, 4)
     with (tmp_path / 'metrics.jsonl').open('a') as f:
         f.write('{"step": 2, "lo')  # killed while writing
+    assert last_row(tmp_path / 'metrics.jsonl') == {'step': 4, 'loss': 0.25}
     write(tmp_path, 3, 4, 5, resume_step=2)
     assert [row['step'] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
     write(tmp_path, 1)  # no checkpoint to resume from: a fresh start
