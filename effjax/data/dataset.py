@@ -1,0 +1,527 @@
+"""Datasets: from the `data` block of a config to samplers for training and batches for evaluation.
+
+    data = dict(kind='stdlib', tokenizer=dict(kind='bpe', vocab_size=4096), packing='pack')
+
+`kind` picks a source; `tokenizer`, `packing` and `cache` belong to the dataset (of text), and
+every other key is the source's own. Text is tokenised once into prepared shards in the cache.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from effjax.core.config import as_dict
+from effjax.core.errors import ConfigError, DataError
+from effjax.core.registry import arguments, check_arguments, lookup, parameters, suggest
+from effjax.data import SOURCES, cache, packing, sampler, shards, tokenizer_copy
+from effjax.data.documents import Document
+from effjax.data.mixture import Mixture
+from effjax.data.packing import Batch, Rows
+from effjax.data.sampler import ImageSampler, Sampler, TextPart, TextSampler
+from effjax.data.tokenizer_copy import KeptTokenizer
+
+# Keys of a text dataset, with their defaults. `cache` is a folder; '' is the user's cache.
+TEXT_KEYS: dict[str, Any] = {'tokenizer': None, 'packing': 'pack', 'cache': ''}
+DEFAULT_TOKENIZER = {'kind': 'byte'}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInfo:
+    """What a model and a task need to know of the data.
+
+    Attributes:
+      kind: 'text' or 'image'.
+      digest: names the content (and the tokenizer).
+      description: what the source says of itself, and of text: splits with documents, tokens,
+        raw bytes.
+      splits: names that `eval` takes.
+      vocab_size: number of token ids; 0 for images.
+      bos_id: precedes every document; None for images.
+      eos_id: the id that ends a document where documents follow each other: BOS, of the next one.
+      tokenizer: `encode_batch`, `decode`; None for images.
+      image_shape: (H, W, C); () for text.
+      classes: number of labels; 0 for text.
+    """
+
+    kind: str
+    digest: str
+    description: dict[str, Any]
+    splits: tuple[str, ...]
+    vocab_size: int = 0
+    bos_id: int | None = None
+    eos_id: int | None = None
+    tokenizer: Any = None
+    image_shape: tuple[int, ...] = ()
+    classes: int = 0
+
+
+class EvalBatches(Protocol):
+    """A split in a fixed order; iterate it as often as you like.
+
+    Attributes:
+      bytes: raw bytes of the text behind the targets; 0 for images.
+      tokens: targets with weight 1; for images, examples.
+    """
+
+    bytes: int
+    tokens: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class Dataset(Protocol):
+    """Text or images, ready to train on.
+
+    Attributes:
+      info: what it holds.
+    """
+
+    info: DataInfo
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what a run records of its data."""
+        ...
+
+    def train(self, batch_size: int, seq_len: int, seed: int) -> Sampler:
+        """Returns the sampler of the training split."""
+        ...
+
+    def eval(self, split: str, batch_size: int, seq_len: int, batches: int = 0) -> EvalBatches:
+        """Returns a split's batches, each token or image exactly once.
+
+        Args:
+          split: one of `info.splits`.
+          batch_size: rows; the last batch is padded with rows of weight 0.
+          seq_len: tokens a row; ignored for images.
+          batches: 0 is the whole split; else so many batches of rows spread evenly over it.
+
+        Raises:
+          DataError: no such split.
+        """
+        ...
+
+
+# ------------------------------------------------------------------------------------------ text
+
+
+@dataclasses.dataclass(frozen=True)
+class TextMember:
+    """One source of a text dataset.
+
+    Attributes:
+      name: for people and evaluations.
+      prepared: its shards.
+      share: its part of the training samples.
+    """
+
+    name: str
+    prepared: shards.Prepared
+    share: float
+
+
+class TextDataset:
+    """Prepared text of one source, or of several mixed."""
+
+    def __init__(
+        self,
+        members: list[TextMember],
+        *,
+        source: Any,
+        tokenizer: Any,
+        packing: str,
+        record: int,
+    ):
+        """Describes itself.
+
+        Args:
+          members: the sources, all with the same tokenizer.
+          source: the one source, or the mixture that holds them.
+          tokenizer: theirs.
+          packing: 'pack', 'split' or 'stream'.
+          record: tokens in a unit of shuffling: the longest row that will be asked for.
+        """
+        self._members = members
+        self._source = source
+        self._packing = packing
+        self._record = record
+        self.tokenizer = tokenizer
+        digests = [m.prepared.digest for m in members]
+        named = [f'{m.name}/{s}' for m in members for s in m.prepared.splits]
+        self.info = DataInfo(
+            kind='text',
+            digest=digests[0] if len(digests) == 1 else cache.key(digests),
+            description={
+                **source.describe(),
+                'packing': packing,
+                'tokenizer': tokenizer.describe(),
+                'prepared': {m.name: _sizes(m.prepared) for m in members},
+            },
+            splits=(*source.splits, *(named if len(members) > 1 else ())),
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.bos_id,
+            tokenizer=tokenizer,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what the source says of itself, the tokenizer, and each split's size."""
+        return self.info.description
+
+    def documents(self, split: str) -> Iterator[Document]:
+        """Streams a split's texts; those of prepared data are decoded."""
+        return self._source.documents(split)
+
+    def train(self, batch_size: int, seq_len: int, seed: int) -> TextSampler:
+        """Returns the sampler of the training split.
+
+        Raises:
+          DataError: a source without training text, or with too little for one row.
+        """
+        parts = [
+            self._part(m, 'train') for m in self._members if m.share or len(self._members) == 1
+        ]
+        return TextSampler(
+            parts, record=self._record, batch_size=batch_size, seq_len=seq_len, seed=seed
+        )
+
+    def eval(
+        self, split: str, batch_size: int, seq_len: int, batches: int = 0
+    ) -> 'TextEvalBatches':
+        """Returns a split's batches: see `Dataset.eval`."""
+        _check_split(split, self.info)
+        name, _, own = split.rpartition('/')
+        members = [m for m in self._members if not name or m.name == name]
+        parts = [self._part(m, own) for m in members]
+        return TextEvalBatches(parts, batch_size, seq_len, batches)
+
+    def _part(self, member: TextMember, split: str) -> TextPart:
+        prepared = member.prepared
+        if split not in prepared.splits:
+            raise DataError(
+                f'source {member.name!r} has no split {split!r}; it has '
+                f'{", ".join(prepared.splits)}.'
+            )
+        key = cache.key(prepared.digest, split, self._packing)[:12]
+        return TextPart(member.name, key, prepared.splits[split], self._packing, member.share)
+
+
+class TextEvalBatches:
+    """Rows of a split in the order of its text."""
+
+    def __init__(self, parts: list[TextPart], batch_size: int, seq_len: int, batches: int):
+        """Chooses the rows and counts what they cover.
+
+        Args:
+          parts: the sources, one after another.
+          batch_size: rows in a batch.
+          seq_len: tokens in a row.
+          batches: how many; 0 is all.
+        """
+        self._parts = parts
+        self._batch_size = batch_size
+        self._seq_len = seq_len
+        rows = [
+            packing.make_order(p.packing, p.tokens, seq_len, 0).held_out(seq_len) for p in parts
+        ]
+        self._part = np.repeat(np.arange(len(parts)), [len(r) for r in rows])
+        self._rows = Rows.join(rows)
+        chosen = _spread(len(self._rows), batches * batch_size)
+        if chosen is not None:
+            self._part, self._rows = self._part[chosen], self._rows[chosen]
+        covered = [covers(p.tokens, self._rows[self._part == i]) for i, p in enumerate(parts)]
+        self.tokens = sum(tokens for tokens, _ in covered)
+        self.bytes = round(sum(size for _, size in covered))
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._rows) / self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f'batch {index} of {len(self)}')
+        size = self._batch_size
+        rows = self._rows[index * size : (index + 1) * size]
+        owner = self._part[index * size : (index + 1) * size]
+        out: Batch = {}
+        for i, part in enumerate(self._parts):
+            mine = np.flatnonzero(owner == i)
+            piece = packing.make_batch(
+                part.tokens, rows[mine], self._seq_len, part.packing, training=False
+            )
+            for name, array in piece.items():
+                out.setdefault(name, np.zeros((size, self._seq_len), array.dtype))
+                out[name][mine] = array
+        return out
+
+
+def covers(tokens: Any, rows: Rows) -> tuple[int, float]:
+    """Counts what rows cover.
+
+    Args:
+      tokens: a `TokenStream`.
+      rows: slices of it.
+
+    Returns:
+      The targets with weight 1, and the raw bytes behind them. A document that is covered in
+      part counts its bytes in proportion to its tokens; one that is whole, exactly.
+    """
+    stop = np.minimum(rows.start + rows.length + 1, tokens.size)
+    # Targets before a place in the stream: all tokens but the BOS ones.
+    first, last = (p - np.searchsorted(tokens.starts, p) for p in (rows.start + 1, stop))
+    ends = np.cumsum(np.diff(tokens.starts, append=tokens.size) - 1)
+    size = np.cumsum(_predicted_bytes(tokens))
+    before, after = (
+        np.interp(p, np.concatenate([[0], ends]), np.concatenate([[0], size]))
+        for p in (first, last)
+    )
+    return int((last - first).sum()), float((after - before).sum())
+
+
+def _predicted_bytes(tokens: Any) -> np.ndarray:
+    """Returns the bytes of each document that targets stand for: all, where BOS predicts the first.
+
+    Without BOS a document's first token is no target, and its mean share is left out.
+    """
+    if tokens.bos:
+        return tokens.raw_bytes
+    length = np.diff(tokens.starts, append=tokens.size)
+    return tokens.raw_bytes * ((length - 1) / length)
+
+
+# ---------------------------------------------------------------------------------------- images
+
+
+class ImageDataset:
+    """Images of one source."""
+
+    def __init__(self, source: Any):
+        """Describes itself.
+
+        Args:
+          source: an image source (see `effjax.data`).
+        """
+        self._source = source
+        described = source.describe()
+        self._digest = described['digest']
+        self.info = DataInfo(
+            kind='image',
+            digest=self._digest,
+            description=described,
+            splits=tuple(source.splits),
+            image_shape=tuple(source.image_shape),
+            classes=int(source.classes),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what the source says of itself."""
+        return self.info.description
+
+    def train(self, batch_size: int, seq_len: int, seed: int) -> ImageSampler:
+        """Returns the sampler of the training split; `seq_len` has no meaning here."""
+        del seq_len
+        return ImageSampler(
+            self._examples('train'),
+            name=self.info.description.get('source', 'images'),
+            key=cache.key(self._digest, 'train')[:12],
+            batch_size=batch_size,
+            seed=seed,
+        )
+
+    def eval(
+        self, split: str, batch_size: int, seq_len: int = 0, batches: int = 0
+    ) -> 'ImageEvalBatches':
+        """Returns a split's batches: see `Dataset.eval`."""
+        del seq_len
+        _check_split(split, self.info)
+        return ImageEvalBatches(self._examples(split), batch_size, batches)
+
+    def _examples(self, split: str) -> Any:
+        examples = self._source.examples(split)
+        if not len(examples):
+            raise DataError(f'split {split!r} has no images; give it some.')
+        return examples
+
+
+class ImageEvalBatches:
+    """Images of a split in their own order."""
+
+    bytes = 0
+
+    def __init__(self, examples: Any, batch_size: int, batches: int):
+        """Chooses the images.
+
+        Args:
+          examples: `len` and `[indices]`.
+          batch_size: images in a batch.
+          batches: how many; 0 is all.
+        """
+        self._examples = examples
+        self._batch_size = batch_size
+        chosen = _spread(len(examples), batches * batch_size)
+        self._index = np.arange(len(examples)) if chosen is None else chosen
+        self.tokens = len(self._index)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._index) / self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f'batch {index} of {len(self)}')
+        size = self._batch_size
+        chosen = self._index[index * size : (index + 1) * size]
+        return sampler.image_batch(self._examples, chosen, size)
+
+
+# -------------------------------------------------------------------------------------- building
+
+
+def build(
+    block: Mapping[str, Any],
+    *,
+    seq_len: int,
+    cache_dir: str | pathlib.Path | None = None,
+    progress: shards.Progress | None = None,
+) -> Dataset:
+    """Builds the dataset of a config's `data` block; tokenises it where the cache has it not.
+
+    Args:
+      block: the block, with its `kind`.
+      seq_len: the longest row that any stage will ask for; text is shuffled in records of it.
+      cache_dir: where tokenizers and shards are kept; None takes the block's `cache`, else the
+        user's cache.
+      progress: called while tokenising with (split, documents, raw bytes, tokens).
+
+    Raises:
+      ConfigError: unknown kind or key, missing or mistyped argument.
+      DataError: missing, empty or damaged data.
+    """
+    block = as_dict(block)
+    source = build_source(block, 'config.data')
+    if source.modality == 'image':
+        return ImageDataset(source)
+    packing.check_packing(block.get('packing', TEXT_KEYS['packing']))
+    folder = pathlib.Path(cache_dir or block.get('cache') or cache.root()).expanduser()
+    kept = build_tokenizer(source, block.get('tokenizer'), folder)
+    if isinstance(source, Mixture):
+        members = [
+            TextMember(name, _prepared(member, kept, folder, progress), source.shares[name])
+            for name, member in source.members.items()
+        ]
+    else:
+        members = [TextMember(block['kind'], _prepared(source, kept, folder, progress), 1.0)]
+    return TextDataset(
+        members,
+        source=source,
+        tokenizer=kept.tokenizer,
+        packing=block.get('packing', TEXT_KEYS['packing']),
+        record=seq_len,
+    )
+
+
+def build_source(block: Mapping[str, Any], path: str) -> Any:
+    """Builds the source of a block, its arguments checked; the dataset's own keys are left out.
+
+    Args:
+      block: with `kind`.
+      path: where the block stands in the config, for messages.
+
+    Raises:
+      ConfigError: unknown kind or key, missing or mistyped argument.
+      DataError: the source has no data.
+    """
+    if not isinstance(block, Mapping) or 'kind' not in block:
+        raise ConfigError(f"{path}: expected a block such as dict(kind='stdlib'), got {block!r}.")
+    component = lookup(SOURCES, block['kind'], 'data source', f'{path}.kind')
+    inside = path != 'config.data'  # a member of a mixture
+    own = TEXT_KEYS if component.modality == 'text' and not inside else {}
+    known = {*parameters(component), *own}
+    for name in arguments(block):
+        if name in TEXT_KEYS and name not in known:
+            where = 'the mixture, not to one source' if inside else 'text'
+            raise ConfigError(f'{path}.{name}: {name!r} belongs to {where}; remove it here.')
+        if name not in known:
+            raise ConfigError(
+                f'{path}.{name}: data source {block["kind"]!r} takes no {name!r}; it takes: '
+                f'{", ".join(sorted(known)) or "nothing"}.' + suggest(name, known)
+            )
+    given = {k: v for k, v in arguments(block).items() if k not in own}
+    check_arguments(component, given, f'data source {block["kind"]!r}', path)
+    return component(**given)
+
+
+def build_tokenizer(
+    source: Any, block: Mapping[str, Any] | None, folder: pathlib.Path
+) -> KeptTokenizer:
+    """Builds the tokenizer of a block, or takes the one that prepared data was made with.
+
+    Args:
+      source: a text source.
+      block: the block; None is the default.
+      folder: the cache.
+
+    Raises:
+      ConfigError: a tokenizer for prepared data, or prepared data with different ones.
+    """
+    members = list(source.members.values()) if isinstance(source, Mixture) else [source]
+    ready = [m.prepared for m in members if isinstance(m, shards.PreparedSource)]
+    if not ready:
+        return tokenizer_copy.build(
+            block or DEFAULT_TOKENIZER,
+            lambda: (document.text for document in source.documents('train')),
+            folder,
+            source.describe()['digest'],
+        )
+    if block is not None:
+        raise ConfigError(
+            'config.data.tokenizer: prepared data brings its own tokenizer; remove the key.'
+        )
+    if len({p.manifest['tokenizer_digest'] for p in ready}) > 1:
+        raise ConfigError(
+            'config.data.sources: their prepared data was made with different tokenizers '
+            f'({", ".join(str(p.folder) for p in ready)}); prepare them with the same one.'
+        )
+    return ready[0].tokenizer()
+
+
+def _prepared(
+    source: Any, kept: KeptTokenizer, folder: pathlib.Path, progress: shards.Progress | None
+) -> shards.Prepared:
+    if isinstance(source, shards.PreparedSource):
+        return source.prepared
+    return shards.cached(source, kept, folder, progress=progress)
+
+
+def _sizes(prepared: shards.Prepared) -> dict[str, dict[str, int]]:
+    """Returns documents, tokens and raw bytes of each split."""
+    return {
+        split: {k: facts[k] for k in ('documents', 'tokens', 'bytes', 'without_tokens')}
+        for split, facts in prepared.manifest['splits'].items()
+    }
+
+
+def _check_split(split: str, info: DataInfo) -> None:
+    if split not in info.splits:
+        raise DataError(
+            f'the data has no split {split!r}; it has {", ".join(info.splits)}.'
+            + suggest(split, info.splits)
+        )
+
+
+def _spread(total: int, wanted: int) -> np.ndarray | None:
+    """Returns `wanted` of `total` indices, evenly spread; None where that is all of them."""
+    if wanted == 0 or wanted >= total:
+        return None
+    return (2 * np.arange(wanted) + 1) * total // (2 * wanted)
