@@ -124,3 +124,51 @@ def shared_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip('no folder of shared data; name it with EFFJAX_SHARED_DATA')
     return folder
+
+
+@pytest.fixture(scope='session')
+def words(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder of 60 small documents of words with some order to learn."""
+    folder = tmp_path_factory.mktemp('words')
+    draw = random.Random(0)
+    subjects, verbs, things = 'cat dog bird', 'sees likes finds', 'food water home'
+    for i in range(60):
+        lines = [
+            f'the {draw.choice(subjects.split())} {draw.choice(verbs.split())} '
+            f'{draw.choice(things.split())}.'
+            for _ in range(draw.randint(3, 12))
+        ]
+        (folder / f'{i:02d}.txt').write_text('\n'.join(lines))
+    return folder
+
+
+@pytest.fixture
+def tiny(words: pathlib.Path):
+    """Returns `make(*overrides, **changes) -> config` of a model that trains in a moment."""
+    from effjax.core import config as config_lib
+
+    def make(*overrides: str, **changes):
+        config = config_lib.defaults()
+        config.update(
+            name='tiny',
+            steps=6,
+            batch_size=8,
+            seq_len=32,
+            data={'kind': 'text', 'path': str(words), 'tokenizer': {'kind': 'byte'}},
+            model={
+                'kind': 'decoder',
+                'width': 16,
+                'layers': 2,
+                'mixer': {'kind': 'attention', 'heads': 2},
+                'ffn': {'kind': 'swiglu', 'hidden': 32},
+            },
+            schedule={'kind': 'linear', 'peak': 1e-2, 'warmup': 0.1},
+            precision={'kind': 'fp32'},
+            evals={'valid': {}},
+        )
+        config.log.progress = False
+        config.log.tensorboard = False
+        config.update(changes)
+        return config_lib.finish(config, overrides)
+
+    return make

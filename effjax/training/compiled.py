@@ -1,7 +1,6 @@
 """Compiling a step once, ahead of time, and learning what it costs."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,33 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax.core.cost import Cost
-from effjax.costs import walk_jaxpr
-from effjax.costs.meters import compiled_memory
-
-
-@dataclasses.dataclass(frozen=True)
-class StepCost:
-    """What one train step costs.
-
-    Attributes:
-      parts: part of the model -> cost of the forward pass over the whole batch.
-      hardware_flops: FLOPs executed, rematerialisation included; None if something in the step
-        cannot be counted.
-      optimizer_flops: arithmetic of the update.
-      examples: rows of the batch.
-      tokens: positions of the batch.
-    """
-
-    parts: Mapping[str, Cost]
-    hardware_flops: float | None
-    optimizer_flops: float
-    examples: int
-    tokens: int
-
-    @functools.cached_property
-    def model_flops(self) -> float:
-        """Forward and backward FLOPs of the model, as the ledger charges them."""
-        return float(sum(round(cost.train_flops) for cost in self.parts.values()))
+from effjax.costs import StepCost, compiled_memory, walk_jaxpr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +72,13 @@ def compile_train(
     shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
     traced = jitted.trace(state, shapes, jax.ShapeDtypeStruct((), jnp.float32))
     compiled = traced.lower().compile()
-    walked = walk_jaxpr(traced.jaxpr, strict=False)
     examples, tokens = units
-    cost = StepCost(
-        parts=parts,
-        hardware_flops=None if walked.unknown else walked.flops,
+    cost = StepCost.train(
+        parts,
+        hardware_flops=walk_jaxpr(traced.jaxpr).total,
         optimizer_flops=optimizer_flops,
         examples=examples,
         tokens=tokens,
+        tokens_computed=tokens,
     )
     return CompiledStep(compiled, tuple(names), cost, compiled_memory(compiled))

@@ -27,16 +27,15 @@ def dry_run(config: Mapping[str, Any]) -> str:
     setup.check(config)
     plain = as_dict(config)
     mesh = parallel.make_mesh(plain['mesh'])
-    stages = plan(plain)
-    for stage in stages:
-        parallel.check_batch(stage.config['batch_size'], mesh, stage.config['accumulate'])
+    rules = parallel.make_rules(plain['sharding'])
+    setup.check_mesh(plain, mesh, rules)
     plain = _with_data(plain)
     built = models.build(plain, mesh=mesh)
     stage = plan(plain)[0]
     lines = [f'{plain["name"] or "config"}: {plain["model"]["kind"]}']
     lines += _parameters(built)
     lines += _flops(built, stage.config)
-    lines += _memory(plain, built, mesh, stage.config)
+    lines += _memory(plain, built, mesh, rules, stage.config)
     lines += ['', 'execution:'] + [f'  {line}' for line in built.model.body.describe()]
     lines += _shardings(built, mesh)
     return '\n'.join(lines)
@@ -92,7 +91,7 @@ def _flops(built: Any, config: Mapping[str, Any]) -> list[str]:
 
 
 def _memory(
-    config: Mapping[str, Any], built: Any, mesh: Any, stage: Mapping[str, Any]
+    config: Mapping[str, Any], built: Any, mesh: Any, rules: Any, stage: Mapping[str, Any]
 ) -> list[str]:
     optimizer = optimizers.build(
         config['optimizer'],
@@ -105,7 +104,8 @@ def _memory(
     shardings = state_lib.shardings(built, optimizer, state, mesh)
     held = _per_device(state, shardings)
     gradients = _per_device(state['params'], shardings['params'])
-    rows = stage['batch_size'] // stage['accumulate'] / parallel.batch_shards(mesh)
+    micro = stage['batch_size'] // stage['accumulate']
+    rows = parallel.batch_sharding(mesh, rules=rules).shard_shape((micro,))[0]
     costs = built.model.cost(1, stage['seq_len']).values()
     activations = total(costs).activation_bytes * rows
     out = [

@@ -27,14 +27,16 @@ class Evaluation:
       name: its key in the config and in `metrics.jsonl`.
       every_steps: steps between two runs of it; 0 is only at the end.
       every_share: share of the run between two runs of it; 0 switches it off.
-      source: a re-iterable of host batches with `bytes`.
-      rows: the rows of each batch that this process places.
+      source: a re-iterable of whole batches on the host, with `bytes`.
+      batch_size: rows of a batch, over all processes.
+      rows: those that this process places.
     """
 
     name: str
     every_steps: int
     every_share: float
     source: Any
+    batch_size: int
     rows: slice
 
     def due(self, step: int, before: float, after: float) -> bool:
@@ -70,7 +72,14 @@ def plan(
         size = given['batch_size'] or batch_size
         source = dataset.eval(given['split'], size, seq_len, batches=given['batches'])
         out.append(
-            Evaluation(name, given['every_steps'], float(given['every_share']), source, rows(size))
+            Evaluation(
+                name,
+                given['every_steps'],
+                float(given['every_share']),
+                source,
+                size,
+                rows(size),
+            )
         )
     return out
 

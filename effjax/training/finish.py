@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.core.errors import DataError
+from effjax.core.errors import ConfigError
 from effjax.costs import meters, mfu
-from effjax.data import gzip_baseline
+from effjax.data.dataset import build_source
+from effjax.data.gzip_baseline import gzip_baseline
 from effjax.kernels import choices
 from effjax.models.decode import Sampling, make_generate
 from effjax.training import setup
@@ -25,13 +26,12 @@ def summary(trainer: Any) -> dict[str, Any]:
         'complete': not trainer.stop.requested,
         'eval': trainer.results,
         'ledger': ledger.totals(),
-        'clock': clock.by_kind(),
-        'device_seconds': clock.device_seconds(),
+        'clock': clock.to_dict(),
         'params': runtime.params,
         'joules': trainer.energy.joules(),
-        'memory': {**meters.memory(devices=jax.local_devices()), **trainer.memory},
+        'memory': {**meters.memory(jax.local_devices()), **trainer.memory},
         'mfu': _mfu(trainer),
-        'data': runtime.dataset.describe(),
+        'data': runtime.dataset.info.description,
         'execution': {'body': runtime.built.model.body.describe(), 'kernels': choices()},
         'environment': setup.environment(),
         'warnings': trainer.warnings,
@@ -39,21 +39,25 @@ def summary(trainer: Any) -> dict[str, Any]:
     if trainer.stop.requested:
         return out
     if trainer.config['finish']['gzip']:
-        out['gzip_bits_per_byte'] = gzip_bits(runtime.dataset)
+        out['gzip_bits_per_byte'] = gzip_bits(trainer.config['data'])
     if trainer.config['finish']['sample_tokens']:
         out['sample'] = sample(runtime, trainer.state)
     return out
 
 
-def gzip_bits(dataset: Any) -> float:
-    """Bits per byte of gzip -9 on the held-out documents, each compressed by itself.
+def gzip_bits(block: Mapping[str, Any]) -> float:
+    """Bits per byte of gzip -9 on a data block's held-out documents, each compressed by itself.
 
     Raises:
-      DataError: data without held-out text.
+      ConfigError: data whose documents are not at hand (prepared shards, mixtures, images).
     """
-    if dataset.info.kind != 'text':
-        raise DataError('config.finish.gzip compares text; this data has none.')
-    return gzip_baseline(dataset.documents('valid'))['bits_per_byte']
+    source = build_source(block, 'config.data')
+    if not hasattr(source, 'documents'):
+        raise ConfigError(
+            f'config.finish.gzip needs the text of its documents, which data source '
+            f'{block["kind"]!r} does not have; set it to false.'
+        )
+    return gzip_baseline(source.documents('valid'))['bits_per_byte']
 
 
 def sample(runtime: Any, state: Mapping[str, Any]) -> str:
@@ -62,7 +66,7 @@ def sample(runtime: Any, state: Mapping[str, Any]) -> str:
     An empty prompt is a new document's beginning.
     """
     options = runtime.config['finish']
-    tokenizer = runtime.dataset.tokenizer
+    tokenizer = runtime.dataset.info.tokenizer
     prompt = np.asarray(tokenizer.encode_batch([options['sample_prompt']])[0], np.int32)
     if tokenizer.bos_id is not None:
         prompt = np.concatenate([np.asarray([tokenizer.bos_id], np.int32), prompt])
@@ -106,9 +110,10 @@ def lines(out: Mapping[str, Any]) -> list[str]:
 def _mfu(trainer: Any) -> dict[str, Any] | None:
     clock, ledger = trainer.clock, trainer.ledger
     return mfu(
-        model_flops=ledger.model_flops,
+        ledger.model_flops,
+        clock.seconds('train') + clock.seconds('data'),
+        jax.devices()[0],
+        trainer.runtime.precision.policy.compute,
+        trainer.runtime.mesh.size,
         hardware_flops=ledger.hardware_flops,
-        device_seconds=clock.device_seconds('train') + clock.device_seconds('data'),
-        device=jax.devices()[0],
-        dtype=trainer.runtime.precision.policy.compute,
     )

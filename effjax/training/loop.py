@@ -20,8 +20,7 @@ import numpy as np
 
 from effjax import parallel
 from effjax.core.errors import CheckpointError, ConfigError, TrainingError
-from effjax.costs import Clock, Ledger
-from effjax.costs.meters import Energy
+from effjax.costs import Clock, EnergyMeter, Ledger
 from effjax.training import evaluate, resume, schedules
 from effjax.training.checkpoints import Checkpointer
 from effjax.training.compiled import CompiledStep
@@ -61,7 +60,7 @@ class Trainer:
         self.runtime = Runtime(config)
         self.config = self.runtime.config
         self.clock = Clock(devices=jax.device_count())
-        self.energy = Energy()
+        self.energy = EnergyMeter()
         self.ledger = Ledger()
         self.position: dict[str, Any] | None = None
         self.stage = 0
@@ -83,7 +82,7 @@ class Trainer:
             self.workdir / 'checkpoints', keep=options['keep'], background=options['background']
         )
         with (
-            parallel.mesh_context(self.runtime.mesh, self.config['sharding']),
+            parallel.mesh_context(self.runtime.mesh, self.runtime.rules),
             Stop() as self.stop,
         ):
             self.state = self._restored() or self.runtime.initial_state()
@@ -155,15 +154,7 @@ class Trainer:
         batch, position, _ = item
         before, self.position = self.position, position
         self.state, vector = compiled(self.state, batch, np.float32(lr))
-        cost = compiled.cost
-        self.ledger.add_step(
-            cost.parts,
-            tokens=cost.tokens,
-            examples=cost.examples,
-            stage=stage.index,
-            hardware_flops=cost.hardware_flops,
-            optimizer_flops=cost.optimizer_flops,
-        )
+        self.ledger.add_step(compiled.cost, stage=stage.name)
         row = {
             'step': self.ledger.steps,
             'stage': stage.index,
@@ -186,7 +177,7 @@ class Trainer:
         )
         self.bar.update(self.row)
         if values['skipped']:
-            self.ledger.add_skipped(stage.index)
+            self.ledger.add_skipped()
             if self.runtime.precision.loss_scale is None:
                 self._not_finite(flight, values, stage)
 
@@ -249,7 +240,7 @@ class Trainer:
                     runtime.eval_step,
                     runtime.eval_params(self.state),
                     self.state['buffers'],
-                    runtime.put,
+                    runtime.putter(evaluation.batch_size),
                     runtime.task,
                     stop=self._stopping,
                 )
@@ -279,7 +270,7 @@ class Trainer:
         extra = restored.extra
         self.ledger = Ledger.from_dict(extra['ledger'])
         self.clock = Clock.from_dict(extra['clock'], devices=jax.device_count())
-        self.energy = Energy(spent=extra['joules'] or 0.0)
+        self.energy.restore(extra['joules'])
         self.position, self.results = extra['position'], extra['results']
         self.stage = int(restored.manifest['stage'])
         self.resumed_from = self.last_saved = restored.step

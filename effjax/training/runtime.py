@@ -5,7 +5,7 @@ changes while training.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ class Runtime:
     Attributes:
       config: the resolved config, as plain dicts: what the data knows is filled in.
       mesh: the devices.
+      rules: logical axis -> mesh axes.
       dataset: the data of the first stage.
       stages: the run's stages.
       task: the objective.
@@ -49,13 +50,15 @@ class Runtime:
         parallel.initialize()
         plain = as_dict(config)
         self.mesh = parallel.make_mesh(plain['mesh'])
-        for stage in plan(plain):
-            parallel.check_batch(stage.config['batch_size'], self.mesh, stage.config['accumulate'])
+        self.rules = parallel.make_rules(plain['sharding'])
+        setup.check_mesh(plain, self.mesh, self.rules)
         self._datasets: dict[str, Any] = {}
+        self._record = max(stage.config['seq_len'] for stage in plan(plain))
         self.dataset = self._dataset(plan(plain)[0].config)
         self.config = setup.resolve(plain, self.dataset.info)
         self.stages = plan(self.config)
         self.task = setup.build_task(self.config)
+        self._sequence = self.task.data == 'text'
         self.precision = precision.build(self.config['precision'])
         self.built = models.build(self.config, mesh=self.mesh)
         self.params = trees.count(self.built.abstract_state['params'])
@@ -75,7 +78,7 @@ class Runtime:
             bool(self.config['ema']),
         )
         key = jax.random.key(self.config['seed'])
-        return jax.jit(init, out_shardings=self.shardings)(key)
+        return parallel.init_sharded(init, self.shardings, key)
 
     def abstract_sharded(self) -> dict[str, Any]:
         """Returns the state's shapes with shardings: what a restore needs."""
@@ -95,28 +98,38 @@ class Runtime:
 
     def loader(self, stage: Stage, position: dict[str, Any] | None) -> Any:
         """Returns an iterator of (placed batch, position after it, seconds waited)."""
-        sampler = self.sampler(stage)
-        rows = parallel.process_rows(stage.config['batch_size'], self.mesh)
+        sampler, size = self.sampler(stage), stage.config['batch_size']
         start = sampler.initial() if position is None else position
-        return data.Loader(sampler, start, rows=rows, put=self.put)
+        return data.Loader(sampler, start, rows=self._rows(size), put=self.putter(size))
 
-    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Places this process's rows of a batch on the mesh."""
-        return parallel.put_batch(batch, self.mesh)
+    def putter(self, batch_size: int) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
+        """Returns what places this process's rows of a batch on the mesh."""
+        return functools.partial(
+            parallel.put_batch,
+            mesh=self.mesh,
+            batch_size=batch_size,
+            sequence=self._sequence,
+            rules=self.rules,
+        )
 
     def evaluations(self, stage: Stage) -> list[evaluate.Evaluation]:
         """Returns the evaluations, with the stage's batch size and sequence length."""
         config = stage.config
-        rows = parallel.process_rows
         return evaluate.plan(
-            self.config, self._dataset(config), config['batch_size'], config['seq_len'],
-            lambda size: rows(size, self.mesh),
-        )  # fmt: skip
+            self.config,
+            self._dataset(config),
+            config['batch_size'],
+            config['seq_len'],
+            self._rows,
+        )
+
+    def _rows(self, batch_size: int) -> slice:
+        return parallel.process_rows(batch_size, self.mesh, rules=self.rules)
 
     def _dataset(self, config: Mapping[str, Any]) -> Any:
-        key = repr((config['data'], config['seq_len']))
+        key = repr(config['data'])
         if key not in self._datasets:
-            self._datasets[key] = data.build(config['data'], seq_len=config['seq_len'])
+            self._datasets[key] = data.build(config['data'], seq_len=self._record)
         return self._datasets[key]
 
     # ---- steps -----------------------------------------------------------------------------
@@ -174,6 +187,6 @@ class Runtime:
     def eval_params(self) -> Any:
         """Jitted `state -> params` to judge: the average, or what the optimizer says."""
         if self.config['ema']:
-            return lambda state: state['ema']
+            return jax.jit(lambda state: ema.params(state['ema'], state['params']))
         choose = self.optimizer(self.stages[0]).eval_params
         return jax.jit(lambda state: choose(state['optimizer'], state['params']))

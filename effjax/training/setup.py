@@ -36,7 +36,6 @@ def check(config: Mapping[str, Any]) -> None:
         check_block(OPTIMIZERS, stage.config['optimizer'], 'optimizer', f'{where}.optimizer')
         check_block(SCHEDULES, stage.config['schedule'], 'schedule', f'{where}.schedule')
         schedules.build(stage.config['schedule'])
-        _check_batch(stage.config, where)
     _check_evals(config)
     causal_only = config['model']['kind'] == 'decoder'
     if task.data == 'image' and causal_only:
@@ -48,6 +47,27 @@ def check(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f'config.task.kind {config["task"]["kind"]!r} reads text, which model '
             "'vit' does not take; use config.model.kind=decoder."
+        )
+
+
+def check_mesh(config: Mapping[str, Any], mesh: Any, rules: Mapping[str, Any]) -> None:
+    """Checks that the batches of every stage divide over a mesh.
+
+    Raises:
+      ConfigError: naming the batch, the axes and what would fit.
+    """
+    from effjax import parallel
+    from effjax.tasks import TASKS
+    from effjax.training import stages
+
+    text = lookup(TASKS, config['task']['kind'], 'task').data == 'text'
+    for stage in stages.plan(config):
+        parallel.check_batch(
+            stage.config['batch_size'],
+            mesh,
+            accumulate=stage.config['accumulate'],
+            seq_len=stage.config['seq_len'] if text else None,
+            rules=rules,
         )
 
 
@@ -136,14 +156,6 @@ def _fill_image(model: dict[str, Any], info: Any) -> None:
             model[key] = value
         elif model[key] != value:
             raise ConfigError(f'config.model.{key} is {model[key]}, but the data has {value}.')
-
-
-def _check_batch(config: Mapping[str, Any], where: str) -> None:
-    if config['batch_size'] % config['accumulate']:
-        raise ConfigError(
-            f'{where}.batch_size {config["batch_size"]} is not divisible by accumulate '
-            f'{config["accumulate"]}.'
-        )
 
 
 EVAL_KEYS = {'every_steps': 0, 'every_share': 0.0, 'batches': 0, 'split': 'valid', 'batch_size': 0}

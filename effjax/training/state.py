@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from effjax.core.axes import Buffer
+from effjax import models, parallel
+from effjax.training import ema as ema_lib
 
 State = dict[str, Any]
 
@@ -35,7 +36,7 @@ def abstract(built: Any, optimizer: Any, loss_scale: Any, ema: bool) -> State:
         'buffers': built.abstract_state['buffers'],
         'frozen': {},
         'optimizer': jax.eval_shape(optimizer.init, params),
-        'ema': params if ema else {},
+        'ema': jax.eval_shape(ema_lib.init, params) if ema else {},
         'loss_scale': jax.eval_shape(loss_scale.init) if loss_scale else {},
         'step': jax.ShapeDtypeStruct((), jnp.int32),
         'stage': jax.ShapeDtypeStruct((), jnp.int32),
@@ -44,14 +45,14 @@ def abstract(built: Any, optimizer: Any, loss_scale: Any, ema: bool) -> State:
 
 def shardings(built: Any, optimizer: Any, state: State, mesh: Mesh) -> State:
     """Returns a sharding for every leaf: moments and average follow their parameters."""
-    replicated = NamedSharding(mesh, PartitionSpec())
+    replicated = parallel.replicated(mesh)
     params = built.shardings['params']
     return {
         'params': params,
         'buffers': built.shardings['buffers'],
         'frozen': {},
-        'optimizer': optimizer.state_shardings(state['params'], params, mesh),
-        'ema': params if state['ema'] else {},
+        'optimizer': optimizer.state_shardings(state['params'], params),
+        'ema': ema_lib.shardings(params) if state['ema'] else {},
         'loss_scale': jax.tree.map(lambda _: replicated, state['loss_scale']),
         'step': replicated,
         'stage': replicated,
@@ -59,21 +60,19 @@ def shardings(built: Any, optimizer: Any, state: State, mesh: Mesh) -> State:
 
 
 def initialiser(
-    built: Any, make_model: Callable[[nnx.Rngs], Any], optimizer: Any, loss_scale: Any, ema: bool
+    built: Any, optimizer: Any, loss_scale: Any, ema: bool
 ) -> Callable[[jax.Array], State]:
     """Returns `f(key) -> state`, to be jitted with the state's shardings."""
-    del built
 
     def init(key: jax.Array) -> State:
-        model = make_model(nnx.Rngs(params=key))
-        _, params, buffers = nnx.split(model, nnx.Param, Buffer)
-        params, buffers = nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
+        _, arrays = models.split(built.make(nnx.Rngs(key)))
+        params = arrays['params']
         return {
             'params': params,
-            'buffers': buffers,
+            'buffers': arrays['buffers'],
             'frozen': {},
             'optimizer': optimizer.init(params),
-            'ema': jax.tree.map(jnp.copy, params) if ema else {},
+            'ema': ema_lib.init(params) if ema else {},
             'loss_scale': loss_scale.init() if loss_scale else {},
             'step': jnp.zeros((), jnp.int32),
             'stage': jnp.zeros((), jnp.int32),

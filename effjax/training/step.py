@@ -22,7 +22,7 @@ def make_train_step(
     loss_scale: Any = None,
     clip_norm: float = 0.0,
     accumulate: int = 1,
-    ema: Callable[[Any, Any, jax.Array], Any] | None = None,
+    ema: Callable[[Any, Any], Any] | None = None,
     seed: int = 0,
 ) -> Callable[[State, Batch, jax.Array], tuple[State, dict[str, jax.Array]]]:
     """Returns `step(state, batch, lr) -> (state, metrics)`.
@@ -38,7 +38,7 @@ def make_train_step(
       loss_scale: dynamic loss scaling for float16, or None.
       clip_norm: clips the gradient's global norm; 0 leaves it alone.
       accumulate: microbatches a step; rows must divide by it.
-      ema: `f(average, params, step) -> average`, or None.
+      ema: `f(average, params) -> average`, or None.
       seed: randomness is folded from (seed, stage, step, microbatch, layer).
 
     Returns:
@@ -47,7 +47,7 @@ def make_train_step(
 
     def gradients(state: State, batch: Batch):
         elements = batch['weights'].size  # a constant that keeps the sum's gradient near 1
-        scale = loss_scale.scale_of(state['loss_scale']) if loss_scale else 1.0
+        scale = state['loss_scale']['scale'] if loss_scale else 1.0
         key = jax.random.fold_in(jax.random.key(seed), state['stage'])
         key = jax.random.fold_in(key, state['step'])
 
@@ -79,7 +79,7 @@ def make_train_step(
         metrics |= {name: s / jnp.maximum(w, 1e-20) for name, (s, w) in aux.items()}
         new = _updated(state, grads, lr, finite)
         if loss_scale:
-            metrics['loss_scale'] = loss_scale.scale_of(state['loss_scale'])
+            metrics['loss_scale'] = state['loss_scale']['scale']
         return new, {k: v.astype(jnp.float32) for k, v in metrics.items()}
 
     def _updated(state: State, grads: Any, lr: jax.Array, finite: jax.Array) -> State:
@@ -88,7 +88,7 @@ def make_train_step(
             params = optax.apply_updates(state['params'], updates)
         new = {**state, 'params': params, 'optimizer': moments, 'step': state['step'] + 1}
         if ema is not None:
-            new['ema'] = ema(state['ema'], params, state['step'])
+            new['ema'] = ema(state['ema'], params)
         for part in ('params', 'optimizer', 'ema'):
             new[part] = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new[part], state[part])
         if loss_scale:
