@@ -20,10 +20,11 @@ def initialize(
 
     The three arguments come from the caller, else from EFFJAX_COORDINATOR, EFFJAX_PROCESSES and
     EFFJAX_PROCESS_ID; without them jax finds them itself under Slurm (inside `srun`), Open MPI
-    and on TPU pods. A single process does nothing.
+    and where TPU_WORKER_HOSTNAMES names several hosts. A single process does nothing.
 
     Args:
-      coordinator: `host:port` of process 0.
+      coordinator: `host:port` of process 0; 'auto' lets jax find all three (plain TPU VMs, which
+        nothing in the environment gives away).
       processes: number of processes.
       process_id: this process's number.
 
@@ -37,7 +38,9 @@ def initialize(
     given: list[Any] = [coordinator, processes, process_id]
     given = [os.environ.get(v) if g is None else g for g, v in zip(given, _VARIABLES, strict=True)]
     options: dict[str, Any] = {}
-    if any(g is not None for g in given):
+    if given[0] == 'auto':
+        pass
+    elif any(g is not None for g in given):
         host, count, number = _check(given)
         if count == 1:
             return False

@@ -8,16 +8,18 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import pytest
 
 from effjax import parallel
-from effjax.core.errors import ConfigError
+from effjax.core.errors import ConfigError, DeviceError
 
 WORKER = textwrap.dedent("""
     import json
     import numpy as np
     import jax
     from effjax import parallel
+    from effjax.core.errors import DeviceError
 
     assert parallel.initialize()
     mesh = parallel.make_mesh({'data': -1, 'tensor': 2})
@@ -29,7 +31,7 @@ WORKER = textwrap.dedent("""
     try:
         parallel.make_mesh({'data': 1})
         refused = ''
-    except parallel.mesh.DeviceError as e:
+    except DeviceError as e:
         refused = str(e)
     mine = jax.process_index() + 1
     print('RESULT', json.dumps({
@@ -71,6 +73,32 @@ def test_incomplete_or_senseless(arguments, message, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match=message):
         parallel.initialize(*arguments)
+
+
+@pytest.mark.parametrize(
+    'variables',
+    [
+        {'EFFJAX_COORDINATOR': 'auto'},
+        {'SLURM_STEP_NUM_TASKS': '4'},
+        {'TPU_WORKER_HOSTNAMES': 'host-0,host-1'},
+    ],
+)
+def test_launchers_that_jax_understands(variables, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda **kw: calls.append(kw))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert parallel.initialize() is True
+    assert calls == [{}]
+
+
+def test_processes_that_cannot_be_joined(monkeypatch):
+    def fail(**kw):
+        raise RuntimeError('deadline exceeded\nmore')
+
+    monkeypatch.setattr(jax.distributed, 'initialize', fail)
+    with pytest.raises(DeviceError, match='could not be joined: deadline exceeded$'):
+        parallel.initialize('localhost:1', 2, 0)
 
 
 @pytest.mark.process
