@@ -97,7 +97,7 @@ def test_processes_that_cannot_be_joined(monkeypatch):
         raise RuntimeError('deadline exceeded\nmore')
 
     monkeypatch.setattr(jax.distributed, 'initialize', fail)
-    with pytest.raises(DeviceError, match='could not be joined: deadline exceeded$'):
+    with pytest.raises(DeviceError, match=r'could not be joined: deadline exceeded$'):
         parallel.initialize('localhost:1', 2, 0)
 
 
