@@ -31,6 +31,7 @@ the epoch, where that is less; eight records where an epoch has fewer than 64). 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import chex
@@ -350,7 +351,11 @@ class StreamOrder:
         return PackOrder(self._tokens, seq_len, self._key).held_out(seq_len)
 
 
-_ORDERS = {'pack': PackOrder, 'split': SplitOrder, 'stream': StreamOrder}
+_ORDERS: dict[str, Callable[[Tokens, int, int], Order]] = {
+    'pack': PackOrder,
+    'split': SplitOrder,
+    'stream': StreamOrder,
+}
 
 
 def make_order(packing: str, tokens: Tokens, record: int, key: int) -> Order:
@@ -370,7 +375,9 @@ def check_packing(packing: object) -> None:
       ConfigError: no such packing.
     """
     if packing not in PACKINGS:
-        raise ConfigError(f'data.packing must be one of {", ".join(PACKINGS)}, got {packing!r}.')
+        raise ConfigError(
+            f'config.data.packing must be one of {", ".join(PACKINGS)}, got {packing!r}.'
+        )
 
 
 def check_length(packing: str, tokens: Tokens, seq_len: int, what: str) -> None:

@@ -257,9 +257,8 @@ class TokenStream:
         sizes = np.array([len(t) for t in tokens], np.int64)
         self._base = np.cumsum(sizes) - sizes
         self.size = int(sizes.sum())
-        self.starts = np.concatenate(
-            [d[:, 0] + b for d, b in zip(documents, self._base, strict=True)]
-        )
+        based = zip(documents, self._base, strict=True)
+        self.starts = np.concatenate([d[:, 0] + base for d, base in based])
         self.raw_bytes = np.concatenate([d[:, 1] for d in documents])
 
     def gather(self, start: np.ndarray, length: np.ndarray, width: int) -> np.ndarray:

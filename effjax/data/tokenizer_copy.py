@@ -1,7 +1,7 @@
 """A tokenizer together with what is needed to make it again elsewhere: its block and its files.
 
 tokenizer.json   {'block': ..., 'learned': ...}, with a checksum
-files            copies of what a block's `path` names (GPT-2's two files, a tokenizer.json)
+files/           copies of what a block's `path` names (GPT-2's two files, a tokenizer.json)
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from effjax.data.tokenizers import TOKENIZERS, Tokenizer, Training
 
 _FILE = 'tokenizer.json'
 _FILES = 'files'
+_USUAL = ('tokenizer.json', 'vocab.txt')  # what tokenizers look for in a folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class KeptTokenizer:
           DataError: the folder cannot be written.
         """
         block = dict(self.block)
-        if 'path' in block:
+        if block.get('path'):
             block['path'] = _copy_files(block, folder / _FILES)
         cache.write_json(folder / _FILE, {'block': block, 'learned': self.learned})
 
@@ -99,12 +100,12 @@ def load(folder: pathlib.Path) -> KeptTokenizer:
     if saved is None:
         raise DataError(f'{folder / _FILE} is missing or damaged; prepare the data again.')
     block = dict(saved['block'])
-    if 'path' in block:
+    if block.get('path'):
         block['path'] = str(folder / block['path'])
     component = check_block(TOKENIZERS, block, 'tokenizer', f'{folder}')
     training = _Replaying(lambda: iter(()), folder)
     object.__setattr__(training, 'learned', saved['learned'])
-    return KeptTokenizer(component(training, **arguments(block)), saved['block'], saved['learned'])
+    return KeptTokenizer(component(training, **arguments(block)), block, saved['learned'])
 
 
 def _copy_files(block: Mapping[str, Any], folder: pathlib.Path) -> str:
@@ -116,7 +117,7 @@ def _copy_files(block: Mapping[str, Any], folder: pathlib.Path) -> str:
         return f'{_FILES}/{path.name}'
     known = parameters(check_block(TOKENIZERS, block, 'tokenizer', 'config.data.tokenizer'))
     names = {str(block.get(name, p.default)) for name, p in known.items() if name != 'path'}
-    for name in {*names, _FILE}:
+    for name in {*names, *_USUAL}:
         if name and (path / name).is_file():
             shutil.copyfile(path / name, folder / name)
     return _FILES
