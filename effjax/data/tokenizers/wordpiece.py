@@ -43,7 +43,7 @@ class WordPiece(Tokenizer):
         training: Training,
         *,
         vocab_size: int = 8192,
-        vocab: str = '',
+        path: str = '',
         lowercase: bool = True,
         min_frequency: int = 2,
         max_alphabet: int = 1000,
@@ -52,9 +52,9 @@ class WordPiece(Tokenizer):
         """Trains, finds the trained one in the cache, or loads BERT's `vocab.txt`.
 
         Args:
-          training: the text to learn from; not used with `vocab`.
-          vocab_size: ids in all; not used with `vocab`.
-          vocab: path of a `vocab.txt`, one piece a line; '' trains.
+          training: the text to learn from; not used with `path`.
+          vocab_size: ids in all; not used with `path`.
+          path: a `vocab.txt`, one piece a line, or the folder that holds it; '' trains.
           lowercase: whether text is lower-cased and loses its accents.
           min_frequency: words and pairs seen less often teach nothing.
           max_alphabet: only the most frequent characters; words with others become `[UNK]`.
@@ -62,11 +62,11 @@ class WordPiece(Tokenizer):
 
         Raises:
           ConfigError: a vocabulary smaller than the special tokens, or larger than ids allow.
-          DataError: no text, too little for so many pieces, or a bad `vocab` file.
+          DataError: no text, too little for so many pieces, or a bad `vocab.txt`.
         """
         self._build_words(lowercase)
-        if vocab:
-            self.pieces = _load(vocab)
+        if path:
+            self.pieces = _load(path)
         else:
             check_vocab_size(vocab_size, len(SPECIAL) + 2, 'the special tokens and an alphabet')
             arguments = {
@@ -166,8 +166,10 @@ def _train(
 
 def _load(path: str) -> list[str]:
     file = pathlib.Path(path).expanduser()
+    file = file / 'vocab.txt' if file.is_dir() else file
     try:
-        pieces = file.read_text(encoding='utf-8').splitlines()
+        # Not splitlines: a vocabulary may hold other characters that Unicode calls line ends.
+        pieces = file.read_text(encoding='utf-8').removesuffix('\n').split('\n')
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f'cannot read the WordPiece vocabulary {path!r} ({e}).') from e
     missing = [name for name in ('[UNK]', '[CLS]') if name not in pieces]
