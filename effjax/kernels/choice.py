@@ -39,6 +39,7 @@ def pick(
     op: str,
     implementation: str | None,
     refusals: Mapping[str, str | None],
+    forms: Mapping[str, str] | None = None,
     **facts: Any,
 ) -> str:
     """Picks an implementation and records the choice.
@@ -47,7 +48,8 @@ def pick(
       op: the operation's name.
       implementation: the one asked for; None takes the first that does not refuse.
       refusals: `name -> reason why it cannot run, or None`, best first.
-      **facts: what else the record should say (a strategy, a shape).
+      forms: `name -> form` that each implementation takes for these inputs, where it has several.
+      **facts: what else the record should say, such as a shape.
 
     Raises:
       ConfigError: (a ValueError) an unknown name, or one that cannot run here, with the reason.
@@ -67,6 +69,8 @@ def pick(
         )
     else:
         chosen = implementation
+    if forms and chosen in forms:
+        facts['form'] = forms[chosen]
     _record({'op': op, 'implementation': chosen, 'refused': refused, **facts})
     return chosen
 

@@ -63,7 +63,12 @@ def attention(
         kv_positions, scale, soft_cap, dropout, rng,
     )  # fmt: skip
     refusals = {name: module.refuse(problem) for name, module in _IMPLEMENTATIONS.items()}
-    chosen = choice.pick('attention', implementation, refusals, **_facts(problem))
+    forms = {
+        name: module.form(problem)
+        for name, module in (('cudnn', cudnn), ('xla', xla))
+        if refusals[name] is None
+    }
+    chosen = choice.pick('attention', implementation, refusals, forms, **_facts(problem))
     run: Any = _IMPLEMENTATIONS[chosen]
     with jax.named_scope(f'attention_{chosen}'):
         return run.attend(problem, extras, q_BTHD, k_BSGD, v_BSGD)

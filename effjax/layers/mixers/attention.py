@@ -126,20 +126,18 @@ class Attention(nnx.Module):
                 'mixer.'
             )
         if state is not None or return_state:
-            self._need_causal('a decoding state')
+            self._need_causal('decoding state')
         q, k, v = self._project(x_BTD, info)
         if state is not None:
             o, state = self._continue(q, k, v, info, state)
         else:
             o = self._parallel(q, k, v, info)
-            if return_state:
-                state = self.init_state(x_BTD.shape[0], self.max_len, x_BTD.dtype)
-                state = kv.extend(state, k, v, info, ring=self.window is not None)
+            state = self._first_state(k, v, info) if return_state else None
         return self._output(o), state, {}
 
     def init_state(self, batch: int, max_len: int, dtype: Any) -> State:
         """Returns an empty cache for `max_len` tokens a row, or a ring of the window's size."""
-        self._need_causal('a decoding state')
+        self._need_causal('decoding state')
         return kv.init(batch, self._slots(max_len), self.kv_heads, self.head_dim, dtype)
 
     def step(
@@ -147,7 +145,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, State]:
         """Advances every row by one token; returns (y [B, D], state)."""
         chex.assert_rank(x_BD, 2)
-        self._need_causal('a step')
+        self._need_causal('step')
         info = kv.next_token(state, reset)
         q, k, v = self._project(x_BD[:, None], info)
         o, state = self._advance(q, k, v, info, state)
@@ -191,13 +189,11 @@ class Attention(nnx.Module):
     def _need_causal(self, what: str) -> None:
         if not self.causal:
             raise ConfigError(
-                f'attention over both directions has no {what.split(" ", 1)[1]}: it needs the whole '
-                'sequence at once; use a causal model to decode.'
+                f'attention over both directions has no {what}: it needs the whole sequence at '
+                'once; use a causal model to decode.'
             )
 
-    def _project(
-        self, x_BTD: jax.Array, info: SeqInfo
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(self, x_BTD: jax.Array, info: SeqInfo) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = self.query(x_BTD), self.key(x_BTD), self._values(x_BTD)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -225,6 +221,10 @@ class Attention(nnx.Module):
             rng=info.rng if dropout else None,
             implementation=self.implementation,
         )
+
+    def _first_state(self, k: jax.Array, v: jax.Array, info: SeqInfo) -> State:
+        state = self.init_state(k.shape[0], self.max_len, k.dtype)
+        return kv.extend(state, k, v, info, ring=self.window is not None)
 
     def _continue(
         self, q: jax.Array, k: jax.Array, v: jax.Array, info: SeqInfo, state: State

@@ -70,9 +70,7 @@ def slots(cache: Cache, *, ring: bool) -> tuple[jax.Array, jax.Array]:
     return number, jnp.where(live, cache['segment'][:, None], 0)
 
 
-def extend(
-    cache: Cache, key: jax.Array, value: jax.Array, info: SeqInfo, *, ring: bool
-) -> Cache:
+def extend(cache: Cache, key: jax.Array, value: jax.Array, info: SeqInfo, *, ring: bool) -> Cache:
     """Returns the cache after new tokens with keys and values [B, T, G, D].
 
     Tokens beyond the last slot of a full cache are not stored; of a ring, the oldest give way.
