@@ -18,8 +18,9 @@ from effjax.core.cost import Cost
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 from effjax.core.registry import arguments, check_block, lookup, parameters
+from effjax.layers.dropout import dropout
 from effjax.layers.ffn import FFNS
-from effjax.layers.mixers import MIXERS as LAYER_MIXERS
+from effjax.layers.mixers import MIXERS
 from effjax.layers.norms import NORMS
 from effjax.parallel import constrain
 
@@ -29,8 +30,6 @@ BLOCKS = {
     'postnorm': 'effjax.models.blocks:PostNorm',
     'simplified': 'effjax.models.blocks:Simplified',
 }
-# Mixers that a block can be made of: those of `layers` and the one that belongs to 'simplified'.
-MIXERS = {**LAYER_MIXERS, 'shaped': 'effjax.models.shaped:ShapedAttention'}
 
 # Folded into the key of noise on the embedding; blocks fold their index.
 EMBEDDING = 0x7FFFFFFF
@@ -89,16 +88,6 @@ def make_part(
         return component(ctx, **arguments(block), **kw)
     except ConfigError as e:
         raise ConfigError(_located(str(e), path)) from e
-    except ValueError as e:
-        raise ConfigError(f'{path}: {e}') from e
-
-
-def dropout(x: jax.Array, rate: float, info: SeqInfo) -> jax.Array:
-    """Zeroes elements with probability `rate` while training, scaling the rest to keep the mean."""
-    if not rate or not info.train or info.rng is None:
-        return x
-    keep = jax.random.bernoulli(info.rng, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
 def norm_cost(norm: nnx.Module, width: int, rows: int, itemsize: int) -> Cost:
@@ -244,17 +233,17 @@ class Simplified(Block):
 
     The paper's SAS-P block, with its norm. Scalars `a` and `b` are trained, `a` from 1 and `b`
     from 0.1 at the paper's 18 layers, scaled by 1 / sqrt(depth) as its authors advise. The mixer
-    must pass its input on at initialisation, as 'shaped' does. Unlike their code, the first
+    must pass its input on at initialisation, as 'shaped_attention' does. Unlike their code, the first
     layer has no value projection and the last no output projection.
     """
 
     norms = ('norm_both',)
 
     def __init__(self, ctx: Context, spec: BlockSpec, *, rngs: nnx.Rngs):
-        if spec.mixer['kind'] != 'shaped' or spec.ffn is None:
+        if spec.mixer['kind'] != 'shaped_attention' or spec.ffn is None:
             raise ConfigError(
                 f"{spec.path}.block: a 'simplified' block has no skip connection, so that it needs "
-                "mixer dict(kind='shaped', heads=...), which starts as the identity, and an ffn."
+                "mixer dict(kind='shaped_attention', heads=...), which starts as the identity, and an ffn."
             )
         super().__init__(ctx, spec, rngs=rngs)
         dtype = ctx.policy.param_dtype

@@ -14,7 +14,12 @@ from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops, total
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
+from effjax.core.registry import check_block
+from effjax.layers.dropout import dropout as dropout_layer
+from effjax.layers.embeddings import TokenEmbedding
+from effjax.layers.linear import initializer
 from effjax.layers.norms import NORMS
+from effjax.layers.positions import POSITIONS, Learned, additive
 from effjax.models import blocks
 from effjax.models import body as bodies
 from effjax.models.plan import plan_segments
@@ -80,6 +85,8 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         _check(vocab_size, width, dropout, soft_cap, max_len, setup.seq_len)
+        check_block(POSITIONS, positions, 'positions', 'config.model.positions')
+        check_block(NORMS, norm, 'norm', 'config.model.norm')
         default = {'mixer': mixer, 'ffn': ffn, 'block': block}
         plan = plan_segments(segments, layers, share, default)
         ctx = Context(
@@ -98,7 +105,9 @@ class Decoder(nnx.Module):
         self.tied, self.soft_cap, self.rate = tied, soft_cap, float(dropout)
         self.embed_scale = float(embed_scale or width**0.5)
         self.policy = setup.policy
-        self._make_tables(ctx, rngs)
+        self.embedding = TokenEmbedding(ctx, vocab_size, rngs=rngs)
+        self.positions = additive(ctx, rngs=rngs)
+        self.head = None if tied else _make_head(ctx, vocab_size, rngs)
         self.body = bodies.Body(ctx, setup.execution, plan, rngs=rngs)
         self.norm = (
             blocks.make_part(NORMS, norm, 'config.model.norm', ctx, rngs=rngs)
@@ -129,7 +138,7 @@ class Decoder(nnx.Module):
     def head_weight(self) -> jax.Array:
         """Returns the head's weight [D, V] in the compute dtype."""
         if self.head is None:
-            return self.policy.cast(self.embedding[...]).T
+            return self.embedding.head_weight()
         return self.policy.cast(self.head[...])
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -195,7 +204,7 @@ class Decoder(nnx.Module):
         """Returns the cost by part: 'embedding', each mixer's kind, 'ffn', 'norm', 'head'."""
         tokens, itemsize = batch * seq_len, self.compute_dtype.itemsize
         table = self.vocab_size * self.width
-        positions = self.max_len * self.width if self.position_table is not None else 0
+        positions = self.max_len * self.width if isinstance(self.positions, Learned) else 0
         used = self.width * (2 if positions else 1)  # a look-up reads one row of each table
         out = self.body.cost(batch, seq_len)
         if self.norm is not None:
@@ -220,35 +229,19 @@ class Decoder(nnx.Module):
         """Returns the number of parameters."""
         return total(self.cost(1, 1).values()).params
 
-    def _make_tables(self, ctx: Context, rngs: nnx.Rngs) -> None:
-        dtype = ctx.policy.param_dtype
-
-        def normal(shape: tuple[int, ...], std: float) -> jax.Array:
-            return std * jax.random.normal(rngs.params(), shape, dtype)
-
-        vocab, width = self.vocab_size, self.width
-        self.embedding = param(normal((vocab, width), 0.02), ('vocab', 'embed'))
-        learned = ctx.positions['kind'] == 'learned'
-        self.position_table = (
-            param(normal((self.max_len, width), 0.01), ('position', 'embed')) if learned else None
-        )
-        self.head = (
-            None if self.tied else param(normal((width, vocab), 0.02), ('embed', 'vocab'))
-        )
-
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         with jax.named_scope('embedding'):
-            x = self.policy.cast(jnp.take(self.embedding[...], tokens, 0))
+            x = self.embedding(tokens)
             if self.embed_scale != 1.0:
                 x = x * self.embed_scale
-            return x
+            return x if self.positions is None else x + self.positions(positions)
 
     def _forward(self, tokens_BT: jax.Array, info: SeqInfo, state: Tree, return_state: bool):
         chex.assert_rank(tokens_BT, 2)
         chex.assert_equal_shape([tokens_BT, info.positions])
         self._check_length(tokens_BT.shape[1])
         x_BTD = self._embed(tokens_BT, info.positions)
-        x_BTD = blocks.dropout(x_BTD, self.rate, info.fold(blocks.EMBEDDING))
+        x_BTD = dropout_layer(x_BTD, self.rate, info.fold(blocks.EMBEDDING))
         x_BTD, state, aux = self.body(x_BTD, info, state, return_state)
         return self._final(x_BTD), state, aux
 
@@ -262,6 +255,12 @@ class Decoder(nnx.Module):
                 f'a sequence of {length} tokens is longer than the {self.max_len} positions that '
                 'the model was built for; raise config.model.max_len.'
             )
+
+
+def _make_head(ctx: Context, vocab_size: int, rngs: nnx.Rngs) -> nnx.Param:
+    init = initializer(ctx, ctx.width)
+    shape = (ctx.width, vocab_size)
+    return param(init(rngs.params(), shape, ctx.policy.param_dtype), ('embed', 'vocab'))
 
 
 def _check(

@@ -15,7 +15,10 @@ from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops, total
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
+from effjax.core.registry import check_block
+from effjax.layers.dropout import dropout as dropout_layer
 from effjax.layers.norms import NORMS
+from effjax.layers.positions import Learned
 from effjax.models import blocks
 from effjax.models import body as bodies
 from effjax.models.plan import plan_segments
@@ -71,6 +74,7 @@ class ViT(nnx.Module):
         rngs: nnx.Rngs,
     ):
         _check(image_size, channels, classes, patch)
+        check_block(NORMS, norm, 'norm', 'config.model.norm')
         plan = plan_segments((), layers, share, {'mixer': mixer, 'ffn': ffn, 'block': block})
         self.grid = image_size // patch
         self.patch, self.channels, self.classes, self.width = patch, channels, classes, width
@@ -90,7 +94,7 @@ class ViT(nnx.Module):
             dropout=dropout,
             init=init,
         )
-        self._make_embedding(rngs)
+        self._make_embedding(ctx, rngs)
         self.body = bodies.Body(ctx, setup.execution, plan, rngs=rngs)
         self.norm = blocks.make_part(NORMS, norm, 'config.model.norm', ctx, rngs=rngs)
         # A zero head gives equal probabilities at first, as in the paper's fine-tuning.
@@ -98,19 +102,14 @@ class ViT(nnx.Module):
         self.head_kernel = param(jnp.zeros((width, classes), dtype), ('embed', 'classes'))
         self.head_bias = param(jnp.zeros(classes, dtype), ('classes',), no_decay=True)
 
-    def _make_embedding(self, rngs: nnx.Rngs) -> None:
-        dtype, width = self.policy.param_dtype, self.width
-        inner = self.patch**2 * self.channels
-
-        def normal(shape: tuple[int, ...], std: float) -> jax.Array:
-            return std * jax.random.normal(rngs.params(), shape, dtype)
-
-        self.patch_kernel = param(normal((inner, width), inner**-0.5), ('patch', 'embed'))
-        self.patch_bias = param(jnp.zeros(width, dtype), ('embed',), no_decay=True)
-        table = normal((self.length, width), 0.02)
-        self.positions = param(table, ('position', 'embed'), no_decay=True)
+    def _make_embedding(self, ctx: Context, rngs: nnx.Rngs) -> None:
+        dtype, inner = ctx.policy.param_dtype, self.patch**2 * self.channels
+        kernel = inner**-0.5 * jax.random.normal(rngs.params(), (inner, ctx.width), dtype)
+        self.patch_kernel = param(kernel, ('patch', 'embed'))
+        self.patch_bias = param(jnp.zeros(ctx.width, dtype), ('embed',), no_decay=True)
+        self.positions = Learned(ctx, rngs=rngs)
         self.cls_token = (
-            param(jnp.zeros(width, dtype), ('embed',), no_decay=True) if self.cls else None
+            param(jnp.zeros(ctx.width, dtype), ('embed',), no_decay=True) if self.cls else None
         )
 
     def __call__(
@@ -129,7 +128,7 @@ class ViT(nnx.Module):
         inner = SeqInfo.of(batch, self.length, rng=info.rng, train=info.train)
         with jax.named_scope('embedding'):
             x_BTD = self.embed(images_BHWC)
-            x_BTD = blocks.dropout(x_BTD, self.rate, inner.fold(blocks.EMBEDDING))
+            x_BTD = dropout_layer(x_BTD, self.rate, inner.fold(blocks.EMBEDDING))
         x_BTD, _, aux = self.body(x_BTD, inner)
         with jax.named_scope('head'):
             x_BD = self.norm(x_BTD[:, 0]) if self.cls else jnp.mean(self.norm(x_BTD), 1)
@@ -149,7 +148,7 @@ class ViT(nnx.Module):
         if self.cls_token is not None:
             cls = jnp.broadcast_to(cast(self.cls_token[...]), (batch, 1, self.width))
             x_BTD = jnp.concatenate([cls, x_BTD], 1)
-        return x_BTD + cast(self.positions[...])
+        return x_BTD + self.positions(jnp.arange(self.length))
 
     def cost(self, batch: int, seq_len: int = 0) -> dict[str, Cost]:
         """Returns the cost by part for a batch of images; `seq_len` is not read."""

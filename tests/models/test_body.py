@@ -10,7 +10,7 @@ import pytest
 
 from effjax.core.cost import total
 from effjax.core.info import SeqInfo
-from effjax.models import build
+from effjax import models
 
 INFO = SeqInfo.of(2, 16)
 # Sums in another order of fusion: a few float32 roundings on values of order 1.
@@ -22,14 +22,14 @@ def loss(graphdef, tokens, info=INFO):
     weights = jax.random.normal(jax.random.key(7), (*tokens.shape, 16))
 
     def f(state):
-        hidden, _ = build.merge(graphdef, state)(tokens, info)
+        hidden, _ = models.merge(graphdef, state)(tokens, info)
         return jnp.sum(hidden * weights)
 
     return f
 
 
 def value_and_grad(model, tokens, info=INFO):
-    graphdef, state = build.split(model)
+    graphdef, state = models.split(model)
     return jax.jit(jax.value_and_grad(loss(graphdef, tokens, info)))(state)
 
 
@@ -51,8 +51,8 @@ def test_every_execution_gives_the_same_values_and_gradients(
 
 
 def test_parameters_do_not_depend_on_execution(make_decoder):
-    a = build.split(make_decoder('scan', 'none'))[1]
-    b = build.split(make_decoder('unroll', 'full'))[1]
+    a = models.split(make_decoder('scan', 'none'))[1]
+    b = models.split(make_decoder('unroll', 'full'))[1]
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -61,7 +61,7 @@ def test_parameters_are_stacked_over_layers_by_segment_and_slot(make_decoder):
     model = make_decoder(
         layers=0, segments=({'pattern': pattern, 'repeat': 3}, {'pattern': ({},)})
     )
-    graphdef, state = build.split(model)
+    graphdef, state = models.split(model)
     body = state['params']['body']
     assert sorted(body) == ['segment_0', 'segment_1']
     assert sorted(body['segment_0']) == ['slot_0', 'slot_1']
@@ -80,9 +80,9 @@ def test_auto_unrolls_up_to_the_stated_depth(make_decoder):
 
 def test_shared_layers_get_the_sum_of_the_layers_gradients(make_decoder, tokens):
     shared = make_decoder(share=4)
-    graphdef, state = build.split(shared)
+    graphdef, state = models.split(shared)
     value, grads = jax.jit(jax.value_and_grad(loss(graphdef, tokens)))(state)
-    own_graphdef, own = build.split(make_decoder())
+    own_graphdef, own = models.split(make_decoder())
     copies = jax.tree.map(
         lambda a, like: jnp.broadcast_to(a, like.shape), state['params']['body'],
         own['params']['body'],
@@ -100,9 +100,9 @@ def test_shared_layers_get_the_sum_of_the_layers_gradients(make_decoder, tokens)
 @pytest.mark.parametrize('run', ['scan', 'unroll'])
 def test_groups_of_layers_share(make_decoder, tokens, run):
     pairs = make_decoder(run, share=2)
-    assert {x.shape[0] for x in jax.tree.leaves(build.split(pairs)[1]['params']['body'])} == {2}
-    graphdef, state = build.split(pairs)
-    own_graphdef, own = build.split(make_decoder())
+    assert {x.shape[0] for x in jax.tree.leaves(models.split(pairs)[1]['params']['body'])} == {2}
+    graphdef, state = models.split(pairs)
+    own_graphdef, own = models.split(make_decoder())
     copies = jax.tree.map(lambda a: jnp.repeat(a, 2, 0), state['params']['body'])
     own = {**own, 'params': {**state['params'], 'body': copies}}
     a = loss(graphdef, tokens)(state)
@@ -115,7 +115,7 @@ def test_sharing_keeps_the_flops_and_cuts_the_parameters(make_decoder):
     a, b = total(own.body.cost(2, 16).values()), total(shared.body.cost(2, 16).values())
     assert a.model_flops == b.model_flops
     assert a.params == 12 * b.params
-    real = sum(x.size for x in jax.tree.leaves(build.split(shared)[1]['params']['body']))
+    real = sum(x.size for x in jax.tree.leaves(models.split(shared)[1]['params']['body']))
     assert b.params == real
 
 
@@ -134,7 +134,7 @@ def test_rematerialisation_saves_memory(make_decoder, tokens):
     info = SeqInfo.of(*wide.shape)
 
     def temporary(remat):
-        graphdef, state = build.split(make_decoder('scan', remat, seq_len=128, layers=8))
+        graphdef, state = models.split(make_decoder('scan', remat, seq_len=128, layers=8))
         step = jax.jit(jax.grad(loss(graphdef, wide, info)))
         return step.lower(state).compile().memory_analysis().temp_size_in_bytes
 
@@ -148,7 +148,7 @@ def test_full_rematerialisation_costs_at_most_a_third_more(make_decoder, tokens)
     from effjax.costs import walk
 
     def flops(remat):
-        graphdef, state = build.split(make_decoder('scan', remat))
+        graphdef, state = models.split(make_decoder('scan', remat))
         return walk(jax.value_and_grad(loss(graphdef, tokens)), state).flops
 
     ratio = flops('full') / flops('none')
@@ -158,7 +158,7 @@ def test_full_rematerialisation_costs_at_most_a_third_more(make_decoder, tokens)
 
 def test_scanned_programs_do_not_grow_with_depth(make_decoder, tokens):
     def size(layers):
-        graphdef, state = build.split(make_decoder('scan', layers=layers))
+        graphdef, state = models.split(make_decoder('scan', layers=layers))
         return len(jax.jit(jax.grad(loss(graphdef, tokens))).lower(state).as_text())
 
     # Only the digits of the trip count and of the stacked shapes differ.

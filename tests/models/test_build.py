@@ -10,7 +10,7 @@ import pytest
 from effjax.core.axes import Meta
 from effjax.core.config import as_dict, defaults
 from effjax.core.errors import ConfigError
-from effjax.models import build as build_module
+from effjax import models
 from effjax.models import build, init_params
 
 
@@ -52,7 +52,7 @@ def test_initialisation_fits_the_abstract_state_and_runs():
     assert all(jax.tree.leaves(same))
     from effjax.core.info import SeqInfo
 
-    model = build_module.merge(built.graphdef, state)
+    model = models.merge(built.graphdef, state)
     hidden, _ = model(jnp.zeros((2, 16), jnp.int32), SeqInfo.of(2, 16))
     assert hidden.shape == (2, 16, 16)
 
@@ -123,7 +123,7 @@ def test_bad_configs_are_refused_before_anything_compiles(changes, message):
 def test_split_and_merge_are_inverse():
     built = build(config())
     state = init_params(built, jax.random.key(0))
-    _, again = build_module.split(build_module.merge(built.graphdef, state))
+    _, again = models.split(models.merge(built.graphdef, state))
     jax.tree.map(np.testing.assert_array_equal, state, again)
 
 

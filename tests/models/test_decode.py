@@ -1,13 +1,16 @@
 """Decoding with a cache equals the full forward pass, logits and tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from effjax.core import trees
+from effjax.core.cost import total
 from effjax.core.info import SeqInfo
-from effjax.models import build
+from effjax import models
 from effjax.models.decode import Sampling, make_generate, prefill
 
 ATTENTION = {'kind': 'attention', 'heads': 4}
@@ -25,31 +28,18 @@ KINDS = {
         ),
         'mixer': ATTENTION,
     },
-    'simplified': {'mixer': {'kind': 'shaped', 'heads': 4}, 'block': 'simplified'},
+    'simplified': {'mixer': {'kind': 'shaped_attention', 'heads': 4}, 'block': 'simplified'},
 }
 LENGTH = 40
 
 
-def full_logits(model, tokens):
-    return model.logits(model(tokens, SeqInfo.of(*tokens.shape))[0])
-
-
-def randomised(model, key=11):
-    """Moves every parameter off its initial value, so that zero-initialised ones matter too."""
-    graphdef, state = build.split(model)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(key), len(leaves))
-    moved = [a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
-    return build.merge(graphdef, jax.tree.unflatten(tree, moved))
-
-
 def stepped(model, tokens, start, max_len):
     """Logits [B, T, V] by a prefill of `start` tokens and then single steps, in one program."""
-    graphdef, state = build.split(model)
+    graphdef, state = models.split(model)
 
     @jax.jit
     def run(state, tokens):
-        model = build.merge(graphdef, state)
+        model = models.merge(graphdef, state)
         cache = model.init_state(tokens.shape[0], max_len, jnp.float32)
         hidden, cache = model.prefill(tokens[:, :start], cache)
 
@@ -63,9 +53,15 @@ def stepped(model, tokens, start, max_len):
     return run(state, tokens)
 
 
+@pytest.fixture(scope='module')
+def full_logits(forward):
+    """`full_logits(model, tokens)`: one forward pass over everything."""
+    return lambda model, tokens: forward(model, tokens, SeqInfo.of(*tokens.shape))[1]
+
+
 @pytest.mark.parametrize('kind', KINDS)
-def test_prefill_then_steps_equal_one_full_forward(make_decoder, kind):
-    model = randomised(make_decoder(seq_len=LENGTH, **KINDS[kind]))
+def test_prefill_then_steps_equal_one_full_forward(make_decoder, full_logits, kind):
+    model = make_decoder(seq_len=LENGTH, **KINDS[kind])
     tokens = jax.random.randint(jax.random.key(2), (2, LENGTH), 0, 31)
     # 1e-4: the catalogue's bound on cached against uncached logits.
     np.testing.assert_allclose(
@@ -74,58 +70,73 @@ def test_prefill_then_steps_equal_one_full_forward(make_decoder, kind):
 
 
 @pytest.mark.parametrize('kind', ['gqa', 'window'])
-def test_cached_logits_over_256_steps(make_decoder, kind):
-    model = randomised(make_decoder(seq_len=257, **KINDS[kind]))
+def test_cached_logits_over_256_steps(make_decoder, full_logits, kind):
+    model = make_decoder(seq_len=257, **KINDS[kind])
     tokens = jax.random.randint(jax.random.key(2), (1, 257), 0, 31)
     np.testing.assert_allclose(
         stepped(model, tokens, 1, 257), full_logits(model, tokens), atol=1e-4, rtol=1e-4
     )
 
 
-def test_a_prefill_may_come_in_pieces(make_decoder):
-    model = randomised(make_decoder(seq_len=LENGTH, **KINDS['mha']))
-    tokens = jax.random.randint(jax.random.key(2), (2, LENGTH), 0, 31)
+@functools.partial(jax.jit, static_argnums=0)
+def prefill_in_pieces(graphdef, arrays, tokens):
+    model = models.merge(graphdef, arrays)
     state = model.init_state(2, LENGTH, jnp.float32)
     first, state = model.prefill(tokens[:, :15], state)
     second, state = model.prefill(tokens[:, 15:], state)
-    whole = full_logits(model, tokens)
-    pieces = model.logits(jnp.concatenate([first, second], 1))
-    np.testing.assert_allclose(pieces, whole, atol=1e-4, rtol=1e-4)
-    assert state['position'].tolist() == [LENGTH, LENGTH]
+    return model.logits(jnp.concatenate([first, second], 1)), state['position']
+
+
+@pytest.mark.parametrize('kind', ['mha', 'window'])
+def test_a_prefill_may_come_in_pieces(make_decoder, full_logits, kind):
+    model = make_decoder(seq_len=LENGTH, **KINDS[kind])
+    tokens = jax.random.randint(jax.random.key(2), (2, LENGTH), 0, 31)
+    pieces, position = prefill_in_pieces(*models.split(model), tokens)
+    np.testing.assert_allclose(pieces, full_logits(model, tokens), atol=1e-4, rtol=1e-4)
+    assert position.tolist() == [LENGTH, LENGTH]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill_and_step(graphdef, arrays, tokens, lengths, token):
+    model = models.merge(graphdef, arrays)
+    logits, state = prefill(model, tokens, lengths, 20, jnp.float32)
+    hidden, _ = model.step(token, state)
+    return logits, model.logits(hidden)
 
 
 @pytest.mark.parametrize('kind', ['mha', 'window', 'simplified'])
-def test_prompts_of_different_lengths_share_a_batch(make_decoder, kind):
-    model = randomised(make_decoder(seq_len=LENGTH, **KINDS[kind]))
+def test_prompts_of_different_lengths_share_a_batch(make_decoder, full_logits, kind):
+    model = make_decoder(seq_len=LENGTH, **KINDS[kind])
     tokens = jax.random.randint(jax.random.key(2), (3, 12), 0, 31)
-    lengths = jnp.array([12, 3, 7])
-    logits, state = prefill(model, tokens, lengths, 20, jnp.float32)
-    after, _ = model.step(jnp.array([1, 2, 3]), state)
-    for row, length in enumerate([12, 3, 7]):
-        alone = jnp.append(tokens[row, :length], row + 1)[None]
-        expected = full_logits(model, alone)[0]
-        np.testing.assert_allclose(logits[row], expected[-2], atol=1e-4, rtol=1e-4)
-        np.testing.assert_allclose(model.logits(after)[row], expected[-1], atol=1e-4, rtol=1e-4)
+    lengths, after = jnp.array([12, 3, 7]), jnp.array([1, 2, 3])
+    logits, stepped_on = prefill_and_step(*models.split(model), tokens, lengths, after)
+    # Causality: what stands behind the appended token does not matter to it.
+    alone = jnp.pad(tokens, ((0, 0), (0, 1))).at[jnp.arange(3), lengths].set(after)
+    expected = full_logits(model, alone)
+    for row, length in enumerate(lengths.tolist()):
+        np.testing.assert_allclose(logits[row], expected[row, length - 1], atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(stepped_on[row], expected[row, length], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize('kind', ['gqa', 'window'])
-def test_greedy_decoding_equals_full_recomputation(make_decoder, kind):
-    model = randomised(make_decoder(seq_len=LENGTH, **KINDS[kind]))
-    graphdef, state = build.split(model)
+def test_greedy_decoding_equals_full_recomputation(make_decoder, full_logits, kind):
+    model = make_decoder(seq_len=LENGTH, **KINDS[kind])
+    graphdef, state = models.split(model)
     prompt = jax.random.randint(jax.random.key(3), (2, 6), 0, 31)
     generate = make_generate(graphdef, tokens=24)
     lengths = jnp.full(2, 6)
     out, counts = generate(state['params'], state['buffers'], prompt, lengths, jax.random.key(0))
     whole = jnp.pad(prompt, ((0, 0), (0, 24)))
-    forward = jax.jit(lambda t: jnp.argmax(full_logits(build.merge(graphdef, state), t), -1))
     for i in range(24):  # causality: what stands behind position 5 + i is not read
-        whole = whole.at[:, 6 + i].set(forward(whole)[:, 5 + i])
+        best = jnp.argmax(full_logits(model, whole)[:, 5 + i], -1)
+        whole = whole.at[:, 6 + i].set(best)
     np.testing.assert_array_equal(out, whole[:, 6:])
     assert counts.tolist() == [24, 24]
+    assert len(set(np.asarray(out).ravel().tolist())) > 3  # not one token over and over
 
 
 def test_generation_stops_at_the_stop_token(make_decoder):
-    graphdef, state = build.split(randomised(make_decoder(seq_len=LENGTH)))
+    graphdef, state = models.split(make_decoder(seq_len=LENGTH))
     prompt = jax.random.randint(jax.random.key(3), (2, 4), 0, 31)
     args = (state['params'], state['buffers'], prompt, jnp.full(2, 4), jax.random.key(0))
     free, _ = make_generate(graphdef, tokens=8)(*args)
@@ -137,7 +148,7 @@ def test_generation_stops_at_the_stop_token(make_decoder):
 
 
 def test_sampling_is_a_function_of_the_key(make_decoder):
-    graphdef, state = build.split(randomised(make_decoder(seq_len=LENGTH)))
+    graphdef, state = models.split(make_decoder(seq_len=LENGTH))
     prompt = jnp.zeros((2, 4), jnp.int32)
     generate = make_generate(graphdef, tokens=16, sampling=Sampling(temperature=1.0, top_k=20))
     args = (state['params'], state['buffers'], prompt, jnp.full(2, 4))
@@ -146,23 +157,29 @@ def test_sampling_is_a_function_of_the_key(make_decoder):
     assert not np.array_equal(a, c) and not np.array_equal(a[0], a[1])
 
 
-def test_a_reset_starts_a_new_document(make_decoder):
-    model = randomised(make_decoder(seq_len=LENGTH, positions={'kind': 'learned'}))
+def test_a_reset_starts_a_new_document(make_decoder, full_logits):
+    model = make_decoder(seq_len=LENGTH, positions={'kind': 'learned'})
     tokens = jax.random.randint(jax.random.key(2), (2, 10), 0, 31)
-    state = model.init_state(2, LENGTH, jnp.float32)
-    _, state = model.prefill(tokens, state)
-    reset = jnp.array([True, False])
-    hidden, state = model.step(jnp.array([3, 3]), state, reset=reset)
+    graphdef, arrays = models.split(model)
+
+    @jax.jit
+    def run(arrays):
+        model = models.merge(graphdef, arrays)
+        state = model.init_state(2, LENGTH, jnp.float32)
+        _, state = model.prefill(tokens, state)
+        token, reset = jnp.array([3, 3]), jnp.array([True, False])
+        hidden, state = model.step(token, state, reset=reset)
+        return model.logits(hidden), state['position']
+
+    logits, position = run(arrays)
     fresh = full_logits(model, jnp.array([[3]]))[0, -1]
-    np.testing.assert_allclose(model.logits(hidden)[0], fresh, atol=1e-4, rtol=1e-4)
-    assert state['position'].tolist() == [1, 11]
-    assert not np.allclose(model.logits(hidden)[1], fresh, atol=1e-2)
+    np.testing.assert_allclose(logits[0], fresh, atol=1e-4, rtol=1e-4)
+    assert position.tolist() == [1, 11]
+    assert not np.allclose(logits[1], fresh, atol=1e-2)
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_state_bytes_equal_the_real_state(make_decoder, kind):
-    from effjax.core.cost import total
-
     model = make_decoder(seq_len=LENGTH, **KINDS[kind])
     state = jax.eval_shape(lambda: model.init_state(2, LENGTH))
     assert total(model.cost(2, LENGTH).values()).state_bytes == trees.nbytes(state)

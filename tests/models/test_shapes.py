@@ -12,7 +12,7 @@ from effjax.core import trees
 from effjax.core.config import load
 from effjax.core.cost import total
 from effjax.core.errors import ConfigError
-from effjax.models import build
+from effjax import models
 
 SHAPES = str(pathlib.Path(__file__).resolve().parents[2] / 'configs' / 'shapes.py')
 GIB = 2**30
@@ -25,7 +25,7 @@ def built():
 
     def get(variant):
         if variant not in made:
-            made[variant] = build.build(load(f'{SHAPES}:{variant}'))
+            made[variant] = models.build(load(f'{SHAPES}:{variant}'))
         return made[variant]
 
     return get
@@ -90,7 +90,7 @@ def kv_bytes(model, batch, length, dtype):
     return sum(
         x.size * x.dtype.itemsize
         for name, x in trees.flatten(state).items()
-        if name.rsplit('/', 1)[-1] in ('k', 'v')
+        if name.rsplit('/', 1)[-1] in ('key', 'value')
     )
 
 
@@ -143,7 +143,7 @@ def test_full_attention_counts_equal_the_walk(built):
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 
     def forward(state, images):
-        return build.merge(vit.graphdef, state)(images, SeqInfo.of(1, 1))[0]
+        return models.merge(vit.graphdef, state)(images, SeqInfo.of(1, 1))[0]
 
     found = walk(forward, vit.abstract_state, images).flops
     assert found == total(vit.model.cost(1).values()).model_flops

@@ -8,7 +8,7 @@ from flax import nnx
 
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
-from effjax.models import build
+from effjax import models
 from effjax.models.setup import Setup
 from effjax.models.vit import ViT
 
@@ -38,7 +38,7 @@ def test_shapes_and_parameters(pool):
     model = make(pool=pool)
     logits, aux = model(images(), INFO)
     assert logits.shape == (3, 5) and aux == {}
-    real = sum(x.size for x in jax.tree.leaves(build.split(model)[1]['params']))
+    real = sum(x.size for x in jax.tree.leaves(models.split(model)[1]['params']))
     assert model.param_count() == real
 
 
