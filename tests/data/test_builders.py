@@ -101,21 +101,21 @@ def test_errors(data_dir):
     def opened(**kw):
         return open_tfds(data_dir=str(data_dir), **kw)
 
-    with pytest.raises(DataError, match="no TFDS dataset 'effjax_digitz'.*mean 'effjax_digits'"):
+    with pytest.raises(DataError, match=r"no TFDS dataset 'effjax_digitz'.*mean 'effjax_digits'"):
         opened(name='effjax_digitz')
-    with pytest.raises(DataError, match="no split 'trian'; it has train, valid.*mean 'train'"):
+    with pytest.raises(DataError, match=r"no split 'trian'; it has train, valid.*mean 'train'"):
         opened(name='effjax_digits', split='trian')
-    with pytest.raises(DataError, match="no feature 'imag'; it has image, label.*mean 'image'"):
+    with pytest.raises(DataError, match=r"no feature 'imag'; it has image, label.*mean 'image'"):
         opened(name='effjax_digits', image_key='imag')
-    with pytest.raises(DataError, match="feature 'label' holds int, not text"):
+    with pytest.raises(DataError, match=r"feature 'label' holds int, not text"):
         list(opened(name='effjax_digits', text_key='label').documents('train'))
-    with pytest.raises(DataError, match="feature 'id' has shape .*must have one fixed"):
+    with pytest.raises(DataError, match=r"feature 'id' has shape .*must have one fixed"):
         opened(name='effjax_stdlib', image_key='id', label_key='text')
-    with pytest.raises(DataError, match="feature 'image' is not a class label"):
+    with pytest.raises(DataError, match=r"feature 'image' is not a class label"):
         opened(name='effjax_digits', label_key='image')
-    with pytest.raises(ConfigError, match='text_key or image_key, not both'):
+    with pytest.raises(ConfigError, match=r'text_key or image_key, not both'):
         opened(name='effjax_digits', image_key='image', text_key='label')
-    with pytest.raises(ConfigError, match="unknown TFDS builder 'digits'"):
+    with pytest.raises(ConfigError, match=r"unknown TFDS builder 'digits'"):
         builders.prepare('digits')
 
 
@@ -140,5 +140,5 @@ def test_a_format_without_random_access(monkeypatch, tmp_path):
     builders.register('effjax_digits')
     builder = tfds.builder('effjax_digits', data_dir=tmp_path)
     monkeypatch.setattr('effjax.data.sources.tfds._builder', lambda name, data_dir: builder)
-    with pytest.raises(DataError, match="without random access; .*file_format='array_record'"):
+    with pytest.raises(DataError, match=r"without random access; .*file_format='array_record'"):
         open_tfds(name='effjax_digits')

@@ -117,7 +117,7 @@ def test_held_out_folder_of_its_own(folder, tmp_path):
     assert len(source.examples('train')) == 29  # the one that is also held out is gone
     (other / 'yak').mkdir()
     shutil.copy(folder / 'dog' / '01.png', other / 'yak')
-    with pytest.raises(DataError, match="valid folder has a class 'yak' that train has not"):
+    with pytest.raises(DataError, match=r"valid folder has a class 'yak' that train has not"):
         ImageFolder(path=str(folder), valid_path=str(other))
 
 
@@ -144,11 +144,11 @@ def test_folder_errors(folder, tmp_path):
     with pytest.raises(DataError, match=r'no image folder .*; set data.path'):
         ImageFolder(path=str(tmp_path / 'none'))
     (tmp_path / 'flat').mkdir()
-    with pytest.raises(DataError, match='expected one folder a class, as cat/001.png'):
+    with pytest.raises(DataError, match=r'expected one folder a class, as cat/001.png'):
         ImageFolder(path=str(tmp_path / 'flat'))
-    with pytest.raises(ConfigError, match='channels must be 1 or 3, got 4'):
+    with pytest.raises(ConfigError, match=r'channels must be 1 or 3, got 4'):
         ImageFolder(path=str(folder), channels=4)
-    with pytest.raises(ConfigError, match='image_size must not be negative'):
+    with pytest.raises(ConfigError, match=r'image_size must not be negative'):
         ImageFolder(path=str(folder), image_size=-1)
     with pytest.raises(ConfigError, match=r'valid_fraction must be in \[0, 1\)'):
         ImageFolder(path=str(folder), valid_fraction=1.0)
@@ -161,18 +161,18 @@ def test_bad_images_are_named(folder):
     whole = (folder / 'dog' / '01.png').read_bytes()
     for data in (b'', b'text', whole[: len(whole) // 2]):
         (folder / 'dog' / 'odd.png').write_bytes(data)
-        with pytest.raises(DataError, match='dog/odd.png is not an image that Pillow can read'):
+        with pytest.raises(DataError, match=r'dog/odd.png is not an image that Pillow can read'):
             ImageFolder(path=str(folder)).describe()
     deep = np.arange(24, dtype=np.uint16).reshape(6, 4) * 1000
     PIL.Image.fromarray(deep).save(folder / 'dog' / 'odd.png')
-    with pytest.raises(DataError, match='dog/odd.png has I;16 pixels; convert it to 8 bits'):
+    with pytest.raises(DataError, match=r'dog/odd.png has I;16 pixels; convert it to 8 bits'):
         ImageFolder(path=str(folder)).describe()
 
 
 def test_split_errors(folder):
-    with pytest.raises(DataError, match="no split 'valid'; it has train. Set valid_fraction"):
+    with pytest.raises(DataError, match=r"no split 'valid'; it has train. Set valid_fraction"):
         ImageFolder(path=str(folder), valid_fraction=0.0).examples('valid')
-    with pytest.raises(DataError, match="split 'valid' of source 'images:pets' is empty; change"):
+    with pytest.raises(DataError, match=r"split 'valid' of source 'images:pets' is empty; change"):
         ImageFolder(path=str(folder), valid_fraction=1e-12).examples('valid')
 
 

@@ -13,7 +13,7 @@ import zstandard
 from effjax.core.errors import ConfigError, DataError
 from effjax.core.registry import check_block, lookup, parameters
 from effjax.data import SOURCES
-from effjax.data.sources.files import chunks
+from effjax.data.sources.files import chunks, optional
 from effjax.data.sources.jsonl import Jsonl
 from effjax.data.sources.parquet import Parquet
 from effjax.data.sources.stdlib import Stdlib
@@ -120,7 +120,7 @@ def test_documents_are_streamed(tmp_path):
     (tmp_path / 'a.jsonl').write_text(rows() + 'not json\n')
     stream = Jsonl(path=str(tmp_path), valid_fraction=0.0).documents('train')
     assert next(stream).text == TEXTS[0]  # the bad line at the end has not been read
-    with pytest.raises(DataError, match='a.jsonl:61 is not a JSON object'):
+    with pytest.raises(DataError, match=r'a.jsonl:61 is not a JSON object'):
         list(stream)
 
 
@@ -173,21 +173,21 @@ def test_missing_and_empty(component, suffix, tmp_path):
     (tmp_path / f'corpus.{suffix}x').write_bytes(b'')
     with pytest.raises(DataError, match=rf"no file.*corpus.{suffix}'.*mean 'corpus.{suffix}x'"):
         component(path=str(tmp_path / f'corpus.{suffix}'))
-    with pytest.raises(DataError, match='set data.path|holds'):
+    with pytest.raises(DataError, match=r'set data.path|holds'):
         component(path=str(tmp_path), pattern='**/*.other')
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(DataError, match='is empty'):
+    with pytest.raises(DataError, match=r'is empty'):
         component(path=str(tmp_path / 'empty'))
-    with pytest.raises(ConfigError, match='needs a path; set data.path'):
+    with pytest.raises(ConfigError, match=r'needs a path; set data.path'):
         component(path='')
 
 
 def test_a_source_without_text(tmp_path):
     (tmp_path / 'a.txt').write_bytes(b'')
     source = TextFiles(path=str(tmp_path), valid_fraction=0.0)
-    with pytest.raises(DataError, match="has no text in its split 'train'"):
+    with pytest.raises(DataError, match=r"has no text in its split 'train'"):
         list(source.documents('train'))
-    with pytest.raises(DataError, match='has no text'):
+    with pytest.raises(DataError, match=r'has no text'):
         source.describe()
 
 
@@ -196,9 +196,9 @@ def test_an_empty_held_out_split(tmp_path):
     source = Jsonl(path=str(tmp_path), valid_fraction=1e-9)
     with pytest.raises(DataError, match=r'held-out split .* is empty: valid_fraction 1e-09'):
         list(source.documents('valid'))
-    with pytest.raises(DataError, match="no split 'valid'; it has train. Set valid_fraction"):
+    with pytest.raises(DataError, match=r"no split 'valid'; it has train. Set valid_fraction"):
         Jsonl(path=str(tmp_path), valid_fraction=0.0).documents('valid')
-    with pytest.raises(DataError, match="no split 'test'; it has train, valid"):
+    with pytest.raises(DataError, match=r"no split 'test'; it has train, valid"):
         source.documents('test')
     with pytest.raises(ConfigError, match=r'valid_fraction must be in \[0, 1\), got 1.5'):
         Jsonl(path=str(tmp_path), valid_fraction=1.5)
@@ -231,7 +231,7 @@ def test_not_utf8_is_refused_or_skipped_and_counted(kind, tmp_path):
     said = source.describe()
     assert (said['skipped'], said['documents']) == (1, 1)
     assert said['skipped_ids'][where].startswith('not UTF-8')
-    with pytest.raises(ConfigError, match="on_bad_utf8 must be 'skip' or 'error'"):
+    with pytest.raises(ConfigError, match=r"on_bad_utf8 must be 'skip' or 'error'"):
         component(path=str(tmp_path), on_bad_utf8='drop')
 
 
@@ -240,13 +240,13 @@ def test_jsonl_errors(tmp_path):
         (tmp_path / 'a.jsonl').write_text(line + '\n')
         return next(Jsonl(path=str(tmp_path), valid_fraction=0.0, **kw).documents('train'))
 
-    with pytest.raises(DataError, match="a.jsonl:1 has no key 'txet'; .* mean 'text'"):
+    with pytest.raises(DataError, match=r"a.jsonl:1 has no key 'txet'; .* mean 'text'"):
         first('{"text": "a"}', text_key='txet')
-    with pytest.raises(DataError, match="a.jsonl:1: 'text' must be text, got int"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: 'text' must be text, got int"):
         first('{"text": 3}')
     with pytest.raises(DataError, match=r"a.jsonl:1 is not a JSON object .*on_bad_line='skip'"):
         first('{"text": ')
-    with pytest.raises(DataError, match='a list, not an object'):
+    with pytest.raises(DataError, match=r'a list, not an object'):
         first('[1]')
     assert (
         first('{"text": \n\n\ufeff\n{"text": "b", "k": 7}', on_bad_line='skip', id_key='k').id
@@ -258,14 +258,14 @@ def test_jsonl_errors(tmp_path):
 def test_parquet_errors(tmp_path):
     path = tmp_path / 'a.parquet'
     pyarrow.parquet.write_table(pyarrow.table({'body': ['a', None], 'n': [1, 2]}), path)
-    with pytest.raises(DataError, match="no column 'bodi'; it has body, n. Did you mean 'body'"):
+    with pytest.raises(DataError, match=r"no column 'bodi'; it has body, n. Did you mean 'body'"):
         list(Parquet(path=str(path), text_key='bodi').documents('train'))
-    with pytest.raises(DataError, match="column 'n' holds int64, not text"):
+    with pytest.raises(DataError, match=r"column 'n' holds int64, not text"):
         list(Parquet(path=str(path), text_key='n').documents('train'))
     source = Parquet(path=str(path), text_key='body', valid_fraction=0.0)
     assert source.describe()['skipped_ids'] == {'a.parquet:2': 'null'}
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match='a.parquet is not a whole parquet file'):
+    with pytest.raises(DataError, match=r'a.parquet is not a whole parquet file'):
         list(Parquet(path=str(path)).documents('train'))
 
 
@@ -284,7 +284,7 @@ def test_a_flipped_byte_in_gzip_is_noticed(tmp_path):
     packed = bytearray(gzip.compress(rows().encode()))
     packed[len(packed) // 2] ^= 4
     (tmp_path / 'a.jsonl.gz').write_bytes(packed)
-    with pytest.raises(DataError, match='a.jsonl.gz is damaged or truncated'):
+    with pytest.raises(DataError, match=r'a.jsonl.gz is damaged or truncated'):
         list(chunks(tmp_path / 'a.jsonl.gz'))
 
 
@@ -318,7 +318,7 @@ def test_stdlib_splits_are_disjoint_and_repeatable(stdlib):
 
 def test_a_python_without_source(monkeypatch, tmp_path):
     monkeypatch.setattr('sysconfig.get_path', lambda name: str(tmp_path))
-    with pytest.raises(DataError, match='no standard-library source'):
+    with pytest.raises(DataError, match=r'no standard-library source'):
         Stdlib()
 
 
@@ -334,11 +334,11 @@ def test_registered_sources_have_typed_keyword_arguments():
 
 
 def test_config_errors_suggest():
-    with pytest.raises(ConfigError, match="unknown data source 'stdlip'.*mean 'stdlib'"):
+    with pytest.raises(ConfigError, match=r"unknown data source 'stdlip'.*mean 'stdlib'"):
         check_block(SOURCES, {'kind': 'stdlip'}, 'data source', 'config.data')
-    with pytest.raises(ConfigError, match="takes no 'pth'.*mean 'path'"):
+    with pytest.raises(ConfigError, match=r"takes no 'pth'.*mean 'path'"):
         check_block(SOURCES, {'kind': 'text', 'pth': 'x'}, 'data source', 'config.data')
-    with pytest.raises(ConfigError, match="needs 'path'"):
+    with pytest.raises(ConfigError, match=r"needs 'path'"):
         check_block(SOURCES, {'kind': 'jsonl'}, 'data source', 'config.data')
 
 
@@ -350,3 +350,8 @@ def test_importing_the_data_package_imports_nothing_heavy():
     )
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == '[]'
+
+
+def test_a_missing_package_is_named():
+    with pytest.raises(DataError, match=r'reading x needs the package nosuch: pip install nosuch'):
+        optional('nosuch.part', 'reading x')

@@ -1,5 +1,6 @@
 """Tokenizers: exact round trips, merges worked by hand, the cache, and bad input."""
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -73,7 +74,7 @@ def reference_merges(texts, n):
     for _ in range(n):
         counts = Counter()
         for word, times in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 counts[pair] += times
         pair = min(counts, key=lambda p: (-counts[p], order[p[0]], order[p[1]]))
         merges.append(pair)
@@ -97,7 +98,7 @@ def test_bpe_equals_the_definition_on_random_words():
     rng = random.Random(1)
     texts = [''.join(rng.choices('abcdefgh', k=rng.randint(2, 9))) for _ in range(400)]
     # Runs of one letter are counted in more than one way; they are left out.
-    texts = [t for t in texts if all(a != b for a, b in zip(t, t[1:], strict=False))]
+    texts = [t for t in texts if all(a != b for a, b in itertools.pairwise(t))]
     tokenizer = build('bpe', texts, vocab_size=256 + 25 + 1)
     assert tokenizer.merges == reference_merges(texts, 25)
     for text in texts[:100]:
@@ -220,24 +221,24 @@ def test_sample_does_not_depend_on_order():
 
 
 def test_vocabulary_errors():
-    with pytest.raises(ConfigError, match='at least 257 .256 bytes and a separator., got 256'):
+    with pytest.raises(ConfigError, match=r'at least 257 .256 bytes and a separator., got 256'):
         build('bpe', vocab_size=256)
-    with pytest.raises(ConfigError, match='more than ids allow'):
+    with pytest.raises(ConfigError, match=r'more than ids allow'):
         build('bpe', vocab_size=2**40)
     with pytest.raises(DataError, match=r'only 266 BPE entries, not 4096; .*at most 266'):
         build('bpe', vocab_size=4096)
-    with pytest.raises(DataError, match='no text to train the tokenizer on'):
+    with pytest.raises(DataError, match=r'no text to train the tokenizer on'):
         build('bpe', [''], vocab_size=300)
-    with pytest.raises(DataError, match='no text to take characters from'):
+    with pytest.raises(DataError, match=r'no text to take characters from'):
         build('char', [])
 
 
 def test_config_errors():
-    with pytest.raises(ConfigError, match="unknown tokenizer 'bep'.*mean 'bpe'"):
+    with pytest.raises(ConfigError, match=r"unknown tokenizer 'bep'.*mean 'bpe'"):
         build('bep')
-    with pytest.raises(ConfigError, match="takes no 'vocab_sise'.*mean 'vocab_size'"):
+    with pytest.raises(ConfigError, match=r"takes no 'vocab_sise'.*mean 'vocab_size'"):
         build('bpe', vocab_sise=3)
-    with pytest.raises(ConfigError, match='config.data.tokenizer.vocab_size: expected int'):
+    with pytest.raises(ConfigError, match=r'config.data.tokenizer.vocab_size: expected int'):
         tokenizers.check({'kind': 'bpe', 'vocab_size': '4k'})
     for kind in tokenizers.TOKENIZERS:
         component = lookup(tokenizers.TOKENIZERS, kind, 'tokenizer')
@@ -246,14 +247,14 @@ def test_config_errors():
 
 
 def test_gpt2_file_errors(tmp_path, bpe):
-    with pytest.raises(DataError, match='no tokenizer file'):
+    with pytest.raises(DataError, match=r'no tokenizer file'):
         build('gpt2', path=str(tmp_path))
     (tmp_path / 'encoder.json').write_text('{"a":')
     (tmp_path / 'vocab.bpe').write_text('#version: 0.2\na b\n')
-    with pytest.raises(DataError, match='encoder.json is not JSON'):
+    with pytest.raises(DataError, match=r'encoder.json is not JSON'):
         build('gpt2', path=str(tmp_path))
     (tmp_path / 'encoder.json').write_text('{"a": 0, "<|endoftext|>": 1}')
-    with pytest.raises(DataError, match='do not fit each other'):
+    with pytest.raises(DataError, match=r'do not fit each other'):
         build('gpt2', path=str(tmp_path))
 
 
@@ -275,7 +276,7 @@ def test_tokenizer_file(tokenizer_json):
     assert tokenizer.decode([3, 2, 1]) == 'abb'
     assert 3 not in tokenizer.encode('a<s>b')  # a special token's name inside a text is text
     assert build('file', path=str(tokenizer_json), bos='<sep>').bos_id == 4
-    with pytest.raises(ConfigError, match="has no token '<sepp>'.*mean '<sep>'"):
+    with pytest.raises(ConfigError, match=r"has no token '<sepp>'.*mean '<sep>'"):
         build('file', path=str(tokenizer_json / 'tokenizer.json'), bos='<sepp>')
 
 
@@ -291,11 +292,11 @@ def test_tokenizer_file_without_a_separator_gets_one(tokenizer_json):
 
 
 def test_tokenizer_file_errors(tmp_path):
-    with pytest.raises(DataError, match='no tokenizer file'):
+    with pytest.raises(DataError, match=r'no tokenizer file'):
         build('file', path=str(tmp_path / 'tokenizer.json'))
     (tmp_path / 'tokenizer.json').write_text('{}')
-    with pytest.raises(DataError, match='tokenizer.json is not a tokenizer.json'):
+    with pytest.raises(DataError, match=r'tokenizer.json is not a tokenizer.json'):
         build('file', path=str(tmp_path))
     (tmp_path / 'tokenizer.json').write_bytes(b'\xff\xfe')
-    with pytest.raises(DataError, match='is not UTF-8 text'):
+    with pytest.raises(DataError, match=r'is not UTF-8 text'):
         build('file', path=str(tmp_path))

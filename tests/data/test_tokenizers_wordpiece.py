@@ -1,5 +1,6 @@
 """WordPiece: greedy likelihood merges, longest match first, round trips of normalised text."""
 
+import itertools
 import math
 import random
 from collections import Counter
@@ -116,7 +117,7 @@ def test_each_merge_raises_the_likelihood_most():
     learned = learn(counts, alphabet(counts, 100), 15, 1)
     words = {(w[0], *(PREFIX + c for c in w[1:])): n for w, n in counts.items()}
     for piece in learned:
-        pairs = {p for word in words for p in zip(word, word[1:], strict=False)}
+        pairs = {p for word in words for p in itertools.pairwise(word)}
         gains = {p: log_likelihood(merged(words, p)) for p in pairs}
         best = max(gains.values())
         chosen = [p for p in pairs if p[0] + p[1].removeprefix(PREFIX) == piece]
@@ -147,19 +148,19 @@ def test_vocab_file(tmp_path, tokenizer, texts):
 
 
 def test_errors(tmp_path):
-    with pytest.raises(ConfigError, match='vocab_size must be at least 7'):
+    with pytest.raises(ConfigError, match=r'vocab_size must be at least 7'):
         build(['abc'], vocab_size=3)
-    with pytest.raises(DataError, match='its alphabet alone takes 11'):
+    with pytest.raises(DataError, match=r'its alphabet alone takes 11'):
         build(['abc'] * 2, vocab_size=8)
-    with pytest.raises(DataError, match='only 13 WordPiece entries, not 500'):
+    with pytest.raises(DataError, match=r'only 13 WordPiece entries, not 500'):
         build(['abc'] * 2, vocab_size=500)
-    with pytest.raises(DataError, match='no text to train'):
+    with pytest.raises(DataError, match=r'no text to train'):
         build([''], vocab_size=100)
-    with pytest.raises(DataError, match='cannot read the WordPiece vocabulary'):
+    with pytest.raises(DataError, match=r'cannot read the WordPiece vocabulary'):
         build([], path=str(tmp_path / 'vocab.txt'))
     (tmp_path / 'vocab.txt').write_text('[UNK]\na\n')
     with pytest.raises(DataError, match=r'vocab.txt has no \[CLS\]'):
         build([], path=str(tmp_path))
     (tmp_path / 'vocab.txt').write_text('[UNK]\n[CLS]\na\na\n')
-    with pytest.raises(DataError, match='names a piece twice'):
+    with pytest.raises(DataError, match=r'names a piece twice'):
         build([], path=str(tmp_path))
