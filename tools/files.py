@@ -1,10 +1,11 @@
-"""Writes docs/files.md: every file of the package with the first sentence of its docstring.
+"""Writes docs/files.md: every file of the package with what its docstring says first.
 
 Usage: python tools/files.py           (a test says when it is due)
 """
 
 import ast
 import pathlib
+import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TARGET = ROOT / 'docs' / 'files.md'
@@ -16,9 +17,13 @@ Made from the files' own docstrings by `python tools/files.py`. The way through 
 
 
 def job(file: pathlib.Path) -> str:
-    """Returns the first paragraph's first sentence of a module's docstring."""
+    """Returns the first paragraph of a module's docstring; of a command, what it does too."""
     text = ast.get_docstring(ast.parse(file.read_text())) or ''
-    return ' '.join(text.split('\n\n')[0].split())
+    paragraphs = [' '.join(p.split()) for p in text.split('\n\n')]
+    usage = re.fullmatch(r'`python -m [^`]*`\.?', paragraphs[0])
+    if not usage:
+        return paragraphs[0]
+    return paragraphs[0] + ' ' + paragraphs[1].split('. ')[0].rstrip('.') + '.'
 
 
 def page() -> str:
