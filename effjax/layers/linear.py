@@ -83,16 +83,10 @@ class Projection(nnx.Module):
         self.equation = equation
         self.policy = ctx.policy
         self.kernel = param(init(rngs.params(), shape, dtype), axes)
-        self.bias = None
-        if bias:
-            inputs, output = equation.split('->')
-            letters = inputs.split(',')[1]
-            kept = [i for i, letter in enumerate(letters) if letter in output]
-            self.bias = param(
-                jnp.zeros([shape[i] for i in kept], dtype),
-                tuple(axes[i] for i in kept),
-                no_decay=True,
-            )
+        inputs, output = equation.split('->')
+        kept = [i for i, letter in enumerate(inputs.split(',')[1]) if letter in output]
+        zero = jnp.zeros([shape[i] for i in kept], dtype)
+        self.bias = param(zero, tuple(axes[i] for i in kept), no_decay=True) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the projection of x, which is in the compute dtype."""

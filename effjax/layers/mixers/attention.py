@@ -72,25 +72,16 @@ class Attention(nnx.Module):
         self.implementation, self.policy = implementation, ctx.policy
         self.with_bias = ctx.bias if bias is None else bias
         self.rope = rotary(ctx, self.head_dim)
-        self.query_norm = self.key_norm = None
-        if qk_norm:
-            self.query_norm = RMSNorm(ctx, self.head_dim, 'head_dim', rngs=rngs)
-            self.key_norm = RMSNorm(ctx, self.head_dim, 'head_dim', rngs=rngs)
+        norm = (ctx, self.head_dim, 'head_dim')
+        self.query_norm = RMSNorm(*norm, rngs=rngs) if qk_norm else None
+        self.key_norm = RMSNorm(*norm, rngs=rngs) if qk_norm else None
         self._make_projections(ctx, rngs)
 
     def _make_projections(self, ctx: Context, rngs: nnx.Rngs) -> None:
         self.query = self._inward(ctx, 'heads', rngs)
         self.key = self._inward(ctx, 'kv_heads', rngs)
         self.value = self._inward(ctx, 'kv_heads', rngs)
-        self.out = Projection(
-            ctx,
-            '...hk,hkd->...d',
-            (self.heads, self.head_dim, ctx.width),
-            ('heads', 'head_dim', 'embed'),
-            bias=self.with_bias,
-            init=initializer(ctx, self.heads * self.head_dim, residual=True),
-            rngs=rngs,
-        )
+        self.out = self._outward(ctx, rngs)
 
     def _inward(self, ctx: Context, axis: str, rngs: nnx.Rngs, init: Any = None) -> Projection:
         """A projection [embed, `axis`, head_dim]."""
@@ -102,6 +93,18 @@ class Attention(nnx.Module):
             ('embed', axis, 'head_dim'),
             bias=self.with_bias,
             init=init or initializer(ctx, ctx.width),
+            rngs=rngs,
+        )
+
+    def _outward(self, ctx: Context, rngs: nnx.Rngs, init: Any = None) -> Projection:
+        """The projection [heads, head_dim, embed] back to the width."""
+        return Projection(
+            ctx,
+            '...hk,hkd->...d',
+            (self.heads, self.head_dim, ctx.width),
+            ('heads', 'head_dim', 'embed'),
+            bias=self.with_bias,
+            init=init or initializer(ctx, self.heads * self.head_dim, residual=True),
             rngs=rngs,
         )
 

@@ -10,7 +10,7 @@ from effjax.core.axes import param
 from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops
 from effjax.core.info import SeqInfo
-from effjax.layers.linear import Projection, identity, zeros
+from effjax.layers.linear import identity, zeros
 from effjax.layers.mixers import cache as kv
 from effjax.layers.mixers.attention import Attention, State
 
@@ -54,18 +54,9 @@ class ShapedAttention(Attention):
     def _make_projections(self, ctx: Context, rngs: nnx.Rngs) -> None:
         self.query = self._inward(ctx, 'heads', rngs, zeros)
         self.key = self._inward(ctx, 'heads', rngs)
-        self.value = self.out = None
-        if self.with_values:
-            self.value = self._inward(ctx, 'heads', rngs, identity)
-            self.out = Projection(
-                ctx,
-                '...hk,hkd->...d',
-                (self.heads, self.head_dim, ctx.width),
-                ('heads', 'head_dim', 'embed'),
-                bias=self.with_bias,
-                init=identity,
-                rngs=rngs,
-            )
+        with_values = self.with_values
+        self.value = self._inward(ctx, 'heads', rngs, identity) if with_values else None
+        self.out = self._outward(ctx, rngs, identity) if with_values else None
 
     def init_state(self, batch: int, max_len: int, dtype: Any) -> State:
         """Returns an empty cache, and the sum of the current document's values in float32."""
