@@ -533,8 +533,8 @@ def _words(metric: str) -> str:
     return metric.replace('_', ' ')
 
 
-def _metric(name: str, value: float | None) -> str:
-    if value is None or not math.isfinite(value):
+def _metric(name: str, value: Any) -> str:
+    if not isinstance(value, int | float) or not math.isfinite(value):
         return '–'
     if name == 'accuracy':
         return f'{100 * value:.2f} %'

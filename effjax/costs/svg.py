@@ -8,6 +8,7 @@ import dataclasses
 import html
 import itertools
 import math
+import re
 import zlib
 from collections.abc import Sequence
 
@@ -79,7 +80,7 @@ class _Axis:
         """Returns (value, label) of each tick."""
         if self.log:
             values = log_ticks(self.low, self.high)
-            return [(v, f'{v:,.0f}' if 1 <= v < 1e5 else f'{v:.3g}') for v in values]
+            return [(v, f'{v:,.0f}' if 1 <= v < 1e5 else _short(v)) for v in values]
         most = max(3, int(abs(self.end - self.start) / self.spacing) + 1)
         values = ticks(self.low, self.high, most)
         return list(zip(values, labels(values), strict=True))
@@ -145,11 +146,12 @@ def standalone(svg: str, background: str = '#ffffff') -> str:
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Returns at most `most` round values in [low, high], 1, 2 or 5 x 10^n apart."""
-    raw = (high - low) / max(1, most - 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
+    power = math.floor(math.log10((high - low) / most)) - 1
+    steps = (m * 10.0**n for n in itertools.count(power) for m in (1, 2, 5))
+    for step in steps:
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first < most:
+            break
     # An integer over a power of ten is the nearest float to the decimal that is meant.
     return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
 
@@ -158,10 +160,14 @@ def labels(values: Sequence[float]) -> list[str]:
     """Returns tick labels with as many decimals as the distance of the ticks needs."""
     biggest = max((abs(v) for v in values), default=0.0)
     if biggest >= 1e6 or 0 < biggest < 1e-3:
-        return ['0' if v == 0 else f'{v:.3g}' for v in values]
+        return ['0' if v == 0 else _short(v) for v in values]
     step = min((b - a for a, b in itertools.pairwise(values)), default=biggest or 1.0)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return [f'{v:,.{decimals}f}' for v in values]
+
+
+def _short(value: float) -> str:
+    return re.sub(r'e\+?(-?)0*', r'e\1', f'{value:.3g}')
 
 
 def log_ticks(low: float, high: float) -> list[float]:
