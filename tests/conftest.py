@@ -24,6 +24,10 @@ _DEVICE_FLAG = '--xla_force_host_platform_device_count'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tokenizers and packed records made by one test serve the others: keyed by content, never stale.
 os.environ.setdefault('EFFJAX_CACHE', str(ROOT / '.cache' / 'tests'))
+# Many tests run the same small programs: each is compiled once, whatever process needs it.
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.cache' / 'xla'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 # BLAS and XLA already use both cores of a small machine; more threads only fight.
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 

@@ -23,7 +23,7 @@ def summary(trainer: Any) -> dict[str, Any]:
     runtime, ledger, clock = trainer.runtime, trainer.ledger, trainer.clock
     out = {
         'final_step': ledger.steps,
-        'complete': not trainer.stop.requested,
+        'complete': trainer.stopped_by is None,
         'eval': trainer.results,
         'ledger': ledger.totals(),
         'clock': clock.to_dict(),
@@ -36,7 +36,7 @@ def summary(trainer: Any) -> dict[str, Any]:
         'environment': setup.environment(),
         'warnings': trainer.warnings,
     }
-    if trainer.stop.requested:
+    if trainer.stopped_by:
         return out
     if trainer.config['finish']['gzip']:
         out['gzip_bits_per_byte'] = gzip_bits(trainer.config['data'])

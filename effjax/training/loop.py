@@ -28,7 +28,7 @@ from effjax.training.files import write_json_atomic
 from effjax.training.metrics import FILE, MetricsWriter, last_row
 from effjax.training.progress import make_progress
 from effjax.training.runtime import Runtime
-from effjax.training.signals import Stop, agree
+from effjax.training.signals import Agreement, Stop
 from effjax.training.stages import Stage
 
 
@@ -72,6 +72,8 @@ class Trainer:
         self.results: dict[str, dict[str, float]] = {}
         self.memory: dict[str, Any] = {}
         self.warnings: list[str] = []
+        self.stopped_by: str | None = None
+        self._agreement = Agreement()
 
     # ---- the run ---------------------------------------------------------------------------
 
@@ -85,9 +87,10 @@ class Trainer:
             parallel.mesh_context(self.runtime.mesh, self.runtime.rules),
             Stop() as self.stop,
         ):
-            self.state = self._restored() or self.runtime.initial_state()
+            restored = self._restored()
             self._open_outputs()
             try:
+                self.state = restored or self.runtime.initial_state()
                 for stage in self.runtime.stages[self.stage :]:
                     self._run_stage(stage)
                     if self._stopping():
@@ -100,7 +103,7 @@ class Trainer:
                 self.bar.close()
                 self.writer.close()
                 self.checkpointer.close()
-        return self.stop.requested
+        return self.stopped_by
 
     def _run_stage(self, stage: Stage) -> None:
         if self._used(stage.unit) >= stage.end:
@@ -227,7 +230,10 @@ class Trainer:
         return float(getattr(compiled.cost, stage.unit))
 
     def _stopping(self) -> bool:
-        return agree(bool(self.stop.requested))
+        """Whether any process has been asked to stop; the same answer in all of them."""
+        if self._agreement(self.stop.requested is not None):
+            self.stopped_by = self.stop.requested or 'a signal to another process'
+        return self.stopped_by is not None
 
     # ---- evaluations -----------------------------------------------------------------------
 
@@ -246,6 +252,7 @@ class Trainer:
                 )
             if result is None:
                 return  # asked to stop: the checkpoint comes first
+            self.ledger.add_forward(runtime.eval_cost(evaluation), purpose='eval')
             self.results[evaluation.name] = result
             if self.row is not None:
                 self.row.setdefault('eval', {})[evaluation.name] = result
@@ -257,7 +264,7 @@ class Trainer:
     def _restored(self) -> dict[str, Any] | None:
         """Returns the newest valid state and takes up its ledger, clock and data position."""
         folder = self.checkpointer.folder
-        if not self.checkpointer.steps():
+        if self.checkpointer.latest() is None:
             _refuse_other(self.workdir / 'config.json', self.config)
             return None
         params = self.runtime.abstract['params']
@@ -309,6 +316,7 @@ class Trainer:
             except CheckpointError as error:
                 if self.config['checkpoint']['on_error'] == 'stop':
                     raise
+                self.last_saved = self.checkpointer.latest()
                 self.warnings.append(str(error))
                 self._say(f'warning: {error} Training goes on.')
                 return

@@ -14,6 +14,7 @@ import numpy as np
 from effjax import data, models, parallel, precision
 from effjax.core import trees
 from effjax.core.config import as_dict
+from effjax.costs import StepCost
 from effjax.training import ema, evaluate, optimizers, setup
 from effjax.training import state as state_lib
 from effjax.training import step as step_lib
@@ -59,6 +60,7 @@ class Runtime:
         self.stages = plan(self.config)
         self.task = setup.build_task(self.config)
         self._sequence = self.task.data == 'text'
+        self._evaluations = [self._plan_evaluations(stage) for stage in self.stages]
         self.precision = precision.build(self.config['precision'])
         self.built = models.build(self.config, mesh=self.mesh)
         self.params = trees.count(self.built.abstract_state['params'])
@@ -114,6 +116,9 @@ class Runtime:
 
     def evaluations(self, stage: Stage) -> list[evaluate.Evaluation]:
         """Returns the evaluations, with the stage's batch size and sequence length."""
+        return self._evaluations[stage.index]
+
+    def _plan_evaluations(self, stage: Stage) -> list[evaluate.Evaluation]:
         config = stage.config
         return evaluate.plan(
             self.config,
@@ -177,6 +182,14 @@ class Runtime:
             units=self.task.units(config['batch_size'], config['seq_len']),
             optimizer_flops=self.optimizer(stage).flops(self.abstract['params']),
         )
+
+    def eval_cost(self, evaluation: evaluate.Evaluation) -> StepCost:
+        """Returns what one run of an evaluation costs: forward passes only."""
+        size, length = evaluation.batch_size, self.config['seq_len']
+        count = len(evaluation.source)
+        examples, tokens = self.task.units(count * size, length)
+        parts = {k: c.times(count) for k, c in self.built.model.cost(size, length).items()}
+        return StepCost.forward(parts, examples=examples, tokens=tokens, tokens_computed=tokens)
 
     @functools.cached_property
     def eval_step(self) -> Any:

@@ -68,7 +68,7 @@ def make_train_step(
         chex.assert_shape(lr, ())
         grads, (loss, weight, aux), factor = gradients(state, batch)
         factor = factor / jnp.maximum(weight, 1e-20)
-        norm = optax.global_norm(grads).astype(jnp.float32) * factor
+        norm = optax.tree.norm(grads).astype(jnp.float32) * factor
         if clip_norm:
             factor = factor * jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-20))
         grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
