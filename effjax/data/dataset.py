@@ -2,8 +2,9 @@
 
     data = dict(kind='stdlib', tokenizer=dict(kind='bpe', vocab_size=4096), packing='pack')
 
-`kind` picks a source; `tokenizer`, `packing` and `cache` belong to the dataset (of text), and
-every other key is the source's own. Text is tokenised once into prepared shards in the cache.
+`kind` picks a source; `tokenizer`, `packing` and `cache` belong to a dataset of text, `workers` to
+any dataset, and every other key is the source's own. Text is tokenised once into prepared shards
+in the cache.
 """
 
 import dataclasses
@@ -24,8 +25,10 @@ from effjax.data.packing import Batch, Rows
 from effjax.data.sampler import ImageSampler, Sampler, TextPart, TextSampler
 from effjax.data.tokenizer_copy import KeptTokenizer
 
-# Keys of a text dataset, with their defaults. `cache` is a folder; '' is the user's cache.
+# Keys of a dataset, not of its source, with their defaults. `cache` is a folder, '' the user's
+# own; `workers` is a number of processes that make batches, 0 a thread (see `loader`).
 TEXT_KEYS: dict[str, Any] = {'tokenizer': None, 'packing': 'pack', 'cache': ''}
+ANY_KEYS: dict[str, Any] = {'workers': 0}
 DEFAULT_TOKENIZER = {'kind': 'byte'}
 
 
@@ -138,6 +141,7 @@ class TextDataset:
         tokenizer: Any,
         packing: str,
         record: int,
+        workers: int = 0,
     ):
         """Describes itself.
 
@@ -147,7 +151,9 @@ class TextDataset:
           tokenizer: theirs.
           packing: 'pack', 'split' or 'stream'.
           record: tokens in a unit of shuffling: the longest row that will be asked for.
+          workers: processes that make training batches.
         """
+        self._workers = workers
         self._members = members
         self._source = source
         self._packing = packing
@@ -189,7 +195,12 @@ class TextDataset:
             self._part(m, 'train') for m in self._members if m.share or len(self._members) == 1
         ]
         return TextSampler(
-            parts, record=self._record, batch_size=batch_size, seq_len=seq_len, seed=seed
+            parts,
+            record=self._record,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            seed=seed,
+            workers=self._workers,
         )
 
     def eval(
@@ -304,12 +315,14 @@ def _predicted_bytes(tokens: Any) -> np.ndarray:
 class ImageDataset:
     """Images of one source."""
 
-    def __init__(self, source: Any):
+    def __init__(self, source: Any, *, workers: int = 0):
         """Describes itself.
 
         Args:
           source: an image source (see `effjax.data`).
+          workers: processes that make training batches.
         """
+        self._workers = workers
         self._source = source
         described = source.describe()
         self._digest = described['digest']
@@ -335,6 +348,7 @@ class ImageDataset:
             key=cache.key(self._digest, 'train')[:12],
             batch_size=batch_size,
             seed=seed,
+            workers=self._workers,
         )
 
     def eval(
@@ -409,10 +423,11 @@ def build(
       DataError: missing, empty or damaged data.
     """
     block = as_dict(block)
+    _check_own(block)
+    workers = block.get('workers', ANY_KEYS['workers'])
     source = build_source(block, 'config.data')
     if source.modality == 'image':
-        return ImageDataset(source)
-    packing.check_packing(block.get('packing', TEXT_KEYS['packing']))
+        return ImageDataset(source, workers=workers)
     folder = pathlib.Path(cache_dir or block.get('cache') or cache.root()).expanduser()
     kept = build_tokenizer(source, block.get('tokenizer'), folder)
     if isinstance(source, Mixture):
@@ -428,7 +443,18 @@ def build(
         tokenizer=kept.tokenizer,
         packing=block.get('packing', TEXT_KEYS['packing']),
         record=seq_len,
+        workers=workers,
     )
+
+
+def _check_own(block: Mapping[str, Any]) -> None:
+    """Checks the dataset's own keys; the tokenizer's block is checked where it is built."""
+    packing.check_packing(block.get('packing', TEXT_KEYS['packing']))
+    workers = block.get('workers', ANY_KEYS['workers'])
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
+        raise ConfigError(f'config.data.workers must be an int of at least 0, got {workers!r}.')
+    if not isinstance(block.get('cache', ''), str):
+        raise ConfigError(f'config.data.cache must be a folder, got {block["cache"]!r}.')
 
 
 def build_source(block: Mapping[str, Any], path: str) -> Any:
@@ -446,20 +472,28 @@ def build_source(block: Mapping[str, Any], path: str) -> Any:
         raise ConfigError(f"{path}: expected a block such as dict(kind='stdlib'), got {block!r}.")
     component = lookup(SOURCES, block['kind'], 'data source', f'{path}.kind')
     inside = path != 'config.data'  # a member of a mixture
-    own = TEXT_KEYS if component.modality == 'text' and not inside else {}
+    own = {} if inside else {**TEXT_KEYS, **ANY_KEYS}
     known = {*parameters(component), *own}
-    for name in arguments(block):
-        if name in TEXT_KEYS and name not in known:
-            where = 'the mixture, not to one source' if inside else 'text'
-            raise ConfigError(f'{path}.{name}: {name!r} belongs to {where}; remove it here.')
+    given = {}
+    for name, value in arguments(block).items():
+        if inside and name in (*TEXT_KEYS, *ANY_KEYS):
+            raise ConfigError(
+                f'{path}.{name}: {name!r} belongs to the mixture, not to one source; move it to '
+                f'config.data.{name}.'
+            )
         if name not in known:
             raise ConfigError(
                 f'{path}.{name}: data source {block["kind"]!r} takes no {name!r}; it takes: '
                 f'{", ".join(sorted(known)) or "nothing"}.' + suggest(name, known)
             )
-    given = {k: v for k, v in arguments(block).items() if k not in own}
+        if name not in own:
+            given[name] = value
     check_arguments(component, given, f'data source {block["kind"]!r}', path)
-    return component(**given)
+    source = component(**given)
+    for name in TEXT_KEYS:
+        if source.modality != 'text' and name in block:
+            raise ConfigError(f'{path}.{name}: {name!r} belongs to text; remove it for images.')
+    return source
 
 
 def build_tokenizer(

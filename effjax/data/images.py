@@ -4,6 +4,7 @@ A subclass implements `_scan` (one pass over a part: digests and labels) and `_t
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -150,7 +151,7 @@ class ImageSource:
         if not len(positions):
             why = '' if self._own_valid else '; change valid_fraction or give more images'
             raise DataError(f'the split {split!r} of source {self.name!r} is empty{why}.')
-        return Examples(lambda p: self._take(part, p), positions, index.labels)
+        return Examples(functools.partial(self._take, part), positions, index.labels)
 
     def arrays(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns images uint8 [N, H, W, C] and labels int32 [N] of a split that fits in memory."""

@@ -197,6 +197,9 @@ class _Blocks:
         self._key = key
         self._block = functools.lru_cache(maxsize=16)(self._make_block)
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self._tokens, self._record, self._key)
+
     def _epoch_tokens(self) -> int:
         """Returns the number of inputs in an epoch."""
         raise NotImplementedError

@@ -30,9 +30,11 @@ class Sampler(Protocol):
 
     Attributes:
       batch_size: rows of the global batch.
+      workers: processes that a loader starts to make batches; 0 is a thread.
     """
 
     batch_size: int
+    workers: int
 
     def initial(self) -> Position:
         """Returns the position before the first batch."""
@@ -87,7 +89,14 @@ class TextSampler:
     """
 
     def __init__(
-        self, parts: list[TextPart], *, record: int, batch_size: int, seq_len: int, seed: int
+        self,
+        parts: list[TextPart],
+        *,
+        record: int,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        workers: int = 0,
     ):
         """Sets the batch.
 
@@ -97,6 +106,7 @@ class TextSampler:
           batch_size: rows of the global batch.
           seq_len: tokens in a row.
           seed: of the order.
+          workers: processes that make batches.
 
         Raises:
           DataError: a source too short for one row.
@@ -104,6 +114,7 @@ class TextSampler:
         for part in parts:
             packing.check_length(part.packing, part.tokens, seq_len, f'{part.name}/train')
         self.batch_size = batch_size
+        self.workers = workers
         self.seq_len = seq_len
         self._parts = parts
         self._orders: list[Order] = [
@@ -174,7 +185,9 @@ class TextSampler:
 class ImageSampler:
     """Images in a new order each epoch. Position in the source: `examples` consumed."""
 
-    def __init__(self, examples: Any, *, name: str, key: str, batch_size: int, seed: int):
+    def __init__(
+        self, examples: Any, *, name: str, key: str, batch_size: int, seed: int, workers: int = 0
+    ):
         """Sets the batch.
 
         Args:
@@ -183,8 +196,10 @@ class ImageSampler:
           key: the source's name in positions.
           batch_size: rows of the global batch.
           seed: of the order.
+          workers: processes that make batches.
         """
         self.batch_size = batch_size
+        self.workers = workers
         self._examples = examples
         self._name = name
         self._source = key

@@ -242,24 +242,36 @@ class TokenStream:
       bos: whether documents are preceded by BOS; without it `starts` are their first tokens.
     """
 
-    def __init__(self, tokens: list[np.ndarray], documents: list[np.ndarray], *, bos: bool = True):
+    def __init__(
+        self,
+        tokens: list[np.ndarray],
+        documents: list[np.ndarray],
+        *,
+        bos: bool = True,
+        origin: tuple[pathlib.Path, str] | None = None,
+    ):
         """Joins shards without copying their tokens.
 
         Args:
           tokens: of each shard, integers [n].
           documents: of each shard, int64 [documents, 2]: start in the shard, raw bytes.
           bos: whether documents are preceded by BOS.
+          origin: (folder, split) of mapped files, so that another process maps them too.
         """
         self.bos = bos
+        self._origin = origin
         for t, d in zip(tokens, documents, strict=True):
             chex.assert_rank([t, d], [1, 2])
-        self._tokens = tokens
+        self._tokens = [np.asarray(t) for t in tokens]  # slices faster than np.memmap
         sizes = np.array([len(t) for t in tokens], np.int64)
         self._base = np.cumsum(sizes) - sizes
         self.size = int(sizes.sum())
         based = zip(documents, self._base, strict=True)
         self.starts = np.concatenate([d[:, 0] + base for d, base in based])
         self.raw_bytes = np.concatenate([d[:, 1] for d in documents])
+
+    def __reduce__(self) -> Any:
+        return super().__reduce__() if self._origin is None else (_open_stream, self._origin)
 
     def gather(self, start: np.ndarray, length: np.ndarray, width: int) -> np.ndarray:
         """Reads slices.
@@ -330,8 +342,13 @@ def open_prepared(folder: str | os.PathLike, *, verify: bool = True) -> Prepared
             [t for t, _ in pairs],
             [d for _, d in pairs],
             bos=manifest['bos_id'] is not None,
+            origin=(folder, split),
         )
     return Prepared(folder, manifest, splits)
+
+
+def _open_stream(folder: pathlib.Path, split: str) -> TokenStream:
+    return open_prepared(folder, verify=False).splits[split]
 
 
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:

@@ -169,6 +169,8 @@ def test_images(tmp_path):
     [
         ({'kind': 'jsonI'}, r"unknown data source 'jsonI' at config.data.kind.*mean 'jsonl'"),
         ({'pth': 'x'}, r"config.data.pth: data source 'jsonl' takes no 'pth'.*mean 'path'"),
+        ({'workers': -1}, r'config.data.workers must be an int of at least 0, got -1'),
+        ({'cache': 3}, r'config.data.cache must be a folder, got 3'),
         ({'packin': 'x'}, r"config.data.packin: .*Did you mean 'packing'"),
         ({'packing': 'packed'}, r'config.data.packing must be one of pack, split, stream'),
         ({'valid_fraction': 'x'}, r'config.data.valid_fraction: expected float'),
@@ -186,7 +188,7 @@ def test_bad_blocks_have_clear_messages(build, block, message):
 
 
 def test_bad_data_has_clear_messages(build):
-    with pytest.raises(ConfigError, match=r"'tokenizer' belongs to text; remove it here"):
+    with pytest.raises(ConfigError, match=r"'tokenizer' belongs to text; remove it"):
         dataset_lib.build({'kind': 'digits', 'tokenizer': {'kind': 'byte'}}, seq_len=16)
     with pytest.raises(DataError, match=r"no split 'test'; it has train, valid"):
         build().eval('test', 4, 16)
