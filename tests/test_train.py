@@ -25,20 +25,17 @@ def losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Sends this process a signal when a step's metrics arrive, as an operator would."""
+    """Sends this process a signal, once, when a step's metrics arrive, as an operator would."""
+    record, wanted = Trainer._record, []
 
-    def install(step: int, number: int = signal.SIGTERM):
-        record = Trainer._record
+    def wrapped(self, flight, *args):
+        record(self, flight, *args)
+        if wanted and flight.row['step'] == wanted[0]:
+            wanted.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
 
-        def wrapped(self, flight, *args):
-            record(self, flight, *args)
-            if flight.row['step'] == step:
-                os.kill(os.getpid(), number)
-
-        monkeypatch.setattr(Trainer, '_record', wrapped)
-
-    yield install
-    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, '_record', wrapped)
+    return wanted.append
 
 
 def test_a_run_leaves_its_files(tiny, tmp_path):
