@@ -98,7 +98,7 @@ def init_params(built: Built, key: jax.Array) -> Tree:
     """
 
     def init(key: jax.Array) -> Tree:
-        return split(built.make(nnx.Rngs(key)))[1]
+        return split(built.make(nnx.Rngs(params=key)))[1]
 
     return jax.jit(init, out_shardings=built.shardings)(key)
 

@@ -1,7 +1,6 @@
 """The body: one layout of parameters, and every way of running it computes the same."""
 
 import dataclasses
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,24 @@ import pytest
 
 from effjax.core.cost import total
 from effjax.core.info import SeqInfo
+from effjax.costs import walk
+from effjax.layers.dropout import dropout
 from effjax import models
 
 INFO = SeqInfo.of(2, 16)
-# Sums in another order of fusion: a few float32 roundings on values of order 1.
-CLOSE = {'rtol': 1e-5, 'atol': 1e-6}
+
+
+def close(a, b, of_largest=1e-5):
+    """Asserts equality to a few float32 roundings of the largest element of each leaf.
+
+    Programs that fuse differently sum in different orders, so that small elements, which are
+    differences of large ones, carry the roundings of those.
+    """
+
+    def one(a, b):
+        assert np.max(np.abs(a - b)) <= of_largest * np.max(np.abs(b))
+
+    jax.tree.map(one, a, b)
 
 
 def loss(graphdef, tokens, info=INFO):
@@ -35,19 +47,19 @@ def value_and_grad(model, tokens, info=INFO):
 
 @pytest.fixture(scope='module')
 def scanned(make_decoder, tokens):
-    return value_and_grad(make_decoder('scan', 'none'), tokens)
+    return value_and_grad(make_decoder('scan', 'none', layers=2), tokens)
 
 
 @pytest.mark.parametrize(
     ('run', 'remat'),
-    [('scan', 'dots'), ('scan', 'full'), ('unroll', 'none'), ('unroll', 'full')],
+    [('scan', 'dots'), ('scan', 'full'), ('unroll', 'full')],
 )
 def test_every_execution_gives_the_same_values_and_gradients(
     make_decoder, tokens, scanned, run, remat
 ):
-    value, grads = value_and_grad(make_decoder(run, remat), tokens)
-    np.testing.assert_allclose(value, scanned[0], **CLOSE)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), grads, scanned[1])
+    found = value_and_grad(make_decoder(run, remat, layers=2), tokens)
+    # The catalogue asks for 1e-6 where only rematerialisation differs.
+    close(found, scanned, 1e-6 if run == 'scan' else 1e-5)
 
 
 def test_parameters_do_not_depend_on_execution(make_decoder):
@@ -89,24 +101,19 @@ def test_shared_layers_get_the_sum_of_the_layers_gradients(make_decoder, tokens)
     )  # fmt: skip
     own = {**own, 'params': {**state['params'], 'body': copies}}
     own_value, own_grads = jax.jit(jax.value_and_grad(loss(own_graphdef, tokens)))(own)
-    np.testing.assert_allclose(value, own_value, **CLOSE)
+    close(value, own_value)
     summed = jax.tree.map(lambda a: a.sum(0, keepdims=True), own_grads['params']['body'])
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),  # sums of 4 layers
-        grads['params']['body'], summed,
-    )  # fmt: skip
+    close(grads['params']['body'], summed)
 
 
-@pytest.mark.parametrize('run', ['scan', 'unroll'])
-def test_groups_of_layers_share(make_decoder, tokens, run):
-    pairs = make_decoder(run, share=2)
+def test_groups_of_layers_share(make_decoder, tokens):
+    pairs = make_decoder('unroll', share=2)
     assert {x.shape[0] for x in jax.tree.leaves(models.split(pairs)[1]['params']['body'])} == {2}
     graphdef, state = models.split(pairs)
     own_graphdef, own = models.split(make_decoder())
     copies = jax.tree.map(lambda a: jnp.repeat(a, 2, 0), state['params']['body'])
     own = {**own, 'params': {**state['params'], 'body': copies}}
-    a = loss(graphdef, tokens)(state)
-    np.testing.assert_allclose(a, loss(own_graphdef, tokens)(own), **CLOSE)
+    close(jax.jit(loss(graphdef, tokens))(state), jax.jit(loss(own_graphdef, tokens))(own))
 
 
 def test_sharing_keeps_the_flops_and_cuts_the_parameters(make_decoder):
@@ -119,14 +126,14 @@ def test_sharing_keeps_the_flops_and_cuts_the_parameters(make_decoder):
     assert b.params == real
 
 
-def test_dropout_differs_by_layer_and_not_by_execution(make_decoder, tokens):
-    info = dataclasses.replace(INFO, rng=jax.random.key(3), train=True)
-    outs = [
-        make_decoder(run, dropout=0.5, share=4)(tokens, info)[0] for run in ('scan', 'unroll')
-    ]
-    np.testing.assert_allclose(outs[0], outs[1], **CLOSE)
-    still = make_decoder('scan', dropout=0.5, share=4)(tokens, INFO)[0]
-    assert not np.allclose(outs[0], still)
+def test_dropout_differs_by_layer_and_not_by_execution(make_decoder, forward, tokens):
+    # A generator whose masks compile quickly.
+    info = dataclasses.replace(INFO, rng=jax.random.key(3, impl='rbg'), train=True)
+    scan, unroll = (make_decoder(run, dropout=0.5, layers=2, ffn=None) for run in ('scan', 'unroll'))
+    close(forward(scan, tokens, info), forward(unroll, tokens, info))
+    assert not np.allclose(forward(scan, tokens, info)[0], forward(scan, tokens, INFO)[0])
+    keep = [dropout(jnp.ones((8, 8)), 0.5, info.fold(layer).fold(1)) for layer in range(2)]
+    assert not np.array_equal(*keep)
 
 
 def test_rematerialisation_saves_memory(make_decoder, tokens):
@@ -141,19 +148,16 @@ def test_rematerialisation_saves_memory(make_decoder, tokens):
     assert temporary('full') < 0.5 * temporary('none')
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec('effjax.costs.walk') is None, reason='needs the jaxpr walk'
-)
 def test_full_rematerialisation_costs_at_most_a_third_more(make_decoder, tokens):
-    from effjax.costs import walk
-
     def flops(remat):
         graphdef, state = models.split(make_decoder('scan', remat))
-        return walk(jax.value_and_grad(loss(graphdef, tokens)), state).flops
+        return walk(jax.value_and_grad(loss(graphdef, tokens)), state, strict=True)
 
-    ratio = flops('full') / flops('none')
-    assert 1.1 < ratio <= 1.34
-    assert 1.0 <= flops('dots') / flops('none') <= 1.1
+    none, dots, full = map(flops, ('none', 'dots', 'full'))
+    assert none.by_phase.get('recompute', 0.0) == 0
+    assert full.by_phase['recompute'] > 0
+    assert 1.1 < full.total / none.total <= 1.34
+    assert 1.0 <= dots.total / none.total <= 1.1
 
 
 def test_scanned_programs_do_not_grow_with_depth(make_decoder, tokens):
