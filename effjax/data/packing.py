@@ -19,7 +19,8 @@ without BOS (characters of one document) cannot predict a document's first token
 epoch) or pieces of documents no longer (`split`). Units are permuted, taken in *blocks* of at most
 64, and the rows of a block are permuted again, so that neighbouring rows come from different
 places even when rows are much shorter than units. Both permutations are hashes of (key, epoch,
-index): nothing is kept in memory.
+index): nothing is kept in memory. Rows never span units: where `seq_len` does not divide `record`,
+each record ends in a padded row.
 
 **Position** of one stream, JSON: `epoch`, `block`, `row` in the block, for rows of `seq_len` out
 of units of `record` tokens; `tokens` consumed, `skipped` tokens. Another batch size goes on with
@@ -389,6 +390,8 @@ def check_length(packing: str, tokens: Tokens, seq_len: int, what: str) -> None:
     Raises:
       DataError: it is shorter than one row.
     """
+    if packing == 'split' and tokens.size == len(tokens.starts):
+        raise DataError(f'{what} has no token that another one precedes; give more text.')
     # A row of T inputs needs T + 1 tokens, the last target included.
     if packing != 'split' and tokens.size < seq_len + 1:
         raise DataError(

@@ -318,8 +318,17 @@ class Prepared:
         return self.manifest['digest']
 
     def tokenizer(self) -> KeptTokenizer:
-        """Loads the tokenizer's copy."""
-        return tokenizer_copy.load(self.folder / 'tokenizer')
+        """Loads the tokenizer's copy.
+
+        Raises:
+          DataError: it is damaged.
+        """
+        kept = tokenizer_copy.load(self.folder / 'tokenizer')
+        if kept.tokenizer.digest != self.manifest['tokenizer_digest']:
+            raise DataError(
+                f'{self.folder / "tokenizer"} is damaged (another digest); {_again(self.folder)}'
+            )
+        return kept
 
 
 def open_prepared(folder: str | os.PathLike, *, verify: bool = True) -> Prepared:
@@ -405,8 +414,34 @@ def cached(
     name = cache.key(FORMAT, source.describe()['digest'], kept.tokenizer.digest)
     folder = cache_dir / 'prepared' / name
     if not (folder / _MANIFEST).is_file():
-        prepare(source, kept, folder, progress=progress)
+        with _alone(folder.parent / f'{name}.lock'):
+            if not (folder / _MANIFEST).is_file():
+                prepare(source, kept, folder, progress=progress)
     return open_prepared(folder)
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path) -> Iterator[None]:
+    """Waits until no other process of this machine holds the lock; one that dies lets go of it."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows: there two processes do the same work, harmlessly
+        yield
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open('w')
+    except OSError as e:
+        raise DataError(
+            f'cannot write to the cache {path.parent} ({e.strerror}); set EFFJAX_CACHE or '
+            'config.data.cache to a folder that can be written.'
+        ) from e
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 class PreparedSource:

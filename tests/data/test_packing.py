@@ -236,5 +236,7 @@ def test_errors_name_the_fault():
         DataError, match='a/train has 281 tokens, too few for one row of seq_len 281'
     ):
         packing.check_length('pack', make_stream(), 281, 'a/train')
+    with pytest.raises(DataError, match='a/train has no token that another one precedes'):
+        packing.check_length('split', make_stream((0, 0)), 8, 'a/train')
     packing.check_length('split', make_stream(), 281, 'a/train')
     packing.check_length('stream', make_stream(), 280, 'a/train')

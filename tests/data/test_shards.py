@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -175,6 +177,8 @@ def test_faults_have_clear_messages(tmp_path):
         shards.prepare(Source(TEXTS), Bytes(), tmp_path / 'full')
     with pytest.raises(DataError, match=r'cannot write prepared data to .*file/p'):
         shards.prepare(Source(TEXTS), Bytes(), tmp_path / 'full' / 'file' / 'p')
+    with pytest.raises(DataError, match=r'cannot write to the cache .*set EFFJAX_CACHE or'):
+        shards.cached(Source(TEXTS), Bytes(), tmp_path / 'full' / 'file')
     small = Bytes()
     small.vocab_size = 100
     with pytest.raises(DataError, match='gave id 256 but has a vocabulary of 100'):
@@ -189,6 +193,7 @@ def test_the_cache_is_used_and_two_writers_agree(tmp_path):
     again = shards.cached(source, Bytes(), tmp_path, progress=lambda *a: told.append(a))
     assert not told and again.folder == first.folder and again.digest == first.digest
     assert shards.cached(source, Wide(), tmp_path).folder != first.folder
+    assert not list(tmp_path.rglob('*.lock'))
     # A second writer that finds the folder finished meanwhile keeps what is there.
     with shards._replaced(tmp_path / 'race') as mine:
         (mine / 'manifest.json').write_text('mine')
@@ -196,6 +201,24 @@ def test_the_cache_is_used_and_two_writers_agree(tmp_path):
             (theirs / 'manifest.json').write_text('theirs')
     assert (tmp_path / 'race' / 'manifest.json').read_text() == 'theirs'
     assert not [p for p in tmp_path.iterdir() if p.name.startswith('.')]
+
+
+def test_processes_that_need_the_same_text_tokenise_it_once(tmp_path):
+    class Slow(Source):
+        passes = 0
+
+        def documents(self, split):
+            Slow.passes += split == 'train'
+            time.sleep(0.1)
+            return super().documents(split)
+
+    # A lock belongs to an open file: threads are as good as processes here.
+    def use():
+        return shards.cached(Slow(TEXTS), Bytes(), tmp_path).digest
+
+    with ThreadPoolExecutor(4) as pool:
+        digests = {future.result() for future in [pool.submit(use) for _ in range(4)]}
+    assert len(digests) == 1 and Slow.passes == 1
 
 
 _PROGRAM = """
