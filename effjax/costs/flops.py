@@ -336,7 +336,9 @@ def _join(outer: str, stack: str) -> str:
     plain = _TRANSFORM.sub('', stack).replace(')', '')
     parts = outer.split('/') if outer else []
     for part in plain.split('/'):
-        if part not in _NOT_A_SCOPE and (not parts or parts[-1] != part):
+        if '->' in part or part in _NOT_A_SCOPE:  # an einsum names itself by its formula
+            continue
+        if not parts or parts[-1] != part:
             parts.append(part)
     return '/'.join(parts)
 
