@@ -36,7 +36,18 @@ def filled(abstract):
 
 
 @pytest.fixture(scope='session')
-def make_decoder():
+def fill():
+    """`fill(make) -> module`: the module that `make()` builds, its parameters being noise."""
+
+    def run(make):
+        graphdef, abstract = models.split(nnx.eval_shape(make))
+        return models.merge(graphdef, filled(abstract))
+
+    return run
+
+
+@pytest.fixture(scope='session')
+def make_decoder(fill):
     """`make_decoder(run='scan', remat='none', compute='float32', seq_len=16, init=None, **config)`.
 
     Its parameters are noise, so that nothing is at the special values of an initialisation; with
@@ -50,10 +61,7 @@ def make_decoder():
         def real():
             return Decoder(setup, **config, rngs=nnx.Rngs(params=jax.random.key(0)))
 
-        if init is not None:
-            return real()
-        graphdef, abstract = models.split(nnx.eval_shape(real))
-        return models.merge(graphdef, filled(abstract))
+        return fill(real) if init is None else real()
 
     return make
 

@@ -48,10 +48,13 @@ def test_unpacks_as_graphdef_state_shardings():
     assert not built.meta['params']['embedding']['table'].stacked
 
 
+SMALL = {'model__layers': 1, 'model__ffn': None, 'model__vocab_size': 32}
+
+
 @pytest.fixture(scope='module')
 def initialised():
     """A built model and its state, with one block: initialisers compile slowly."""
-    built = build(config(model__layers=1, model__ffn=None))
+    built = build(config(**SMALL))
     return built, init_params(built, jax.random.key(0))
 
 
@@ -140,9 +143,11 @@ def test_split_and_merge_are_inverse(initialised):
 @pytest.mark.mesh
 @pytest.mark.parametrize('mesh', [{'data': 8}, {'data': 1, 'fsdp': 4, 'tensor': 2}])
 def test_initialised_sharded_and_equal_on_every_mesh(mesh):
-    one = init_params(build(config(mesh__data=1)), jax.random.key(0))
-    built = build(config(**{f'mesh__{axis}': size for axis, size in mesh.items()}))
+    one = init_params(build(config(**SMALL, mesh__data=1)), jax.random.key(0))
+    sizes = {f'mesh__{axis}': size for axis, size in mesh.items()}
+    built = build(config(**SMALL, **sizes))
     state = init_params(built, jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, one, state)
+    # The random bits are the same; a vectorised tail of the normal's inverse rounds differently.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, state)
     table = state['params']['embedding']['table']
     assert len(table.sharding.device_set) == 8
