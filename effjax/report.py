@@ -33,7 +33,9 @@ _CURVES = (
     ('grad_norm', 'Gradient norm', ''),
     ('loss_scale', 'Loss scale', ''),
 )
-_RAW_FROM = 60  # rows above which the training loss is smoothed
+_RAW_FROM = 60  # rows above which a curve is smoothed
+_FIRST = ('bits_per_byte', 'accuracy', 'loss')  # metrics to show first, if there are such
+_COUNTS = ('examples', 'tokens', 'bytes', 'documents', 'batches')  # no metrics: sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +74,11 @@ class RunData:
 
     @functools.cached_property
     def metrics(self) -> list[str]:
-        """Names of the metrics that evaluations measured, in order of appearance."""
-        seen = (m for row in self.rows for v in (row.get('eval') or {}).values() for m in v)
-        return list(dict.fromkeys(seen))
+        """Names of what evaluations measured: the main ones first, sizes last."""
+        seen = [m for row in self.rows for v in (row.get('eval') or {}).values() for m in v]
+        seen += [m for values in self.final_evals.values() for m in values]
+        order = {name: i for i, name in enumerate(_FIRST)} | dict.fromkeys(_COUNTS, 99)
+        return sorted(dict.fromkeys(seen), key=lambda name: order.get(name, len(_FIRST)))
 
     @functools.cached_property
     def final_evals(self) -> dict[str, dict[str, float]]:
@@ -191,7 +195,7 @@ def _warnings(run: RunData) -> list[str]:
 def _headlines(run: RunData) -> list[tuple[str, str]]:
     out = []
     for name, values in run.final_evals.items():
-        for metric in ('bits_per_byte', 'accuracy', 'loss'):
+        for metric in _FIRST:
             if metric in values:
                 out.append((_metric(metric, values[metric]), f'{name} {_words(metric)}'))
                 break
@@ -237,11 +241,15 @@ def _loss_plots(runs: Sequence[RunData], log_x: bool) -> list[str]:
 
 def _training_loss(run: RunData, column: str, name: str, colour: int) -> list[Series]:
     x, y = run.column('loss', column)
+    return _smoothed(x, y, f'{name} (smoothed)' if len(x) > _RAW_FROM else name, colour)
+
+
+def _smoothed(x: list[float], y: list[float], name: str = '', colour: int = 0) -> list[Series]:
+    """Returns a curve, or its raw values pale and a moving average where there are many."""
     if len(x) <= _RAW_FROM:
         return [Series(name, x, y, colour)]
     raw = Series('', *thin(x, y), colour, 'faint')
-    smoothed = thin(x, smooth(y, max(5, len(y) // 50)))
-    return [raw, Series(f'{name} (smoothed)', *smoothed, colour)]
+    return [raw, Series(name, *thin(x, smooth(y, max(5, len(y) // 50))), colour)]
 
 
 def _without_start(series: Sequence[Series]) -> float | None:
@@ -258,7 +266,8 @@ def _without_start(series: Sequence[Series]) -> float | None:
 def _metric_plots(runs: Sequence[RunData]) -> list[str]:
     """Every evaluation metric but the loss, against steps; gzip's line where it was measured."""
     out = []
-    for metric in dict.fromkeys(m for run in runs for m in run.metrics if m != 'loss'):
+    hidden = ('loss', *_COUNTS)
+    for metric in dict.fromkeys(m for run in runs for m in run.metrics if m not in hidden):
         series = []
         for i, run in enumerate(runs):
             for j, (name, (x, y)) in enumerate(run.evals(metric).items()):
@@ -278,14 +287,14 @@ def _curve_plots(run: RunData) -> list[str]:
     out = []
     for key, title, unit in _CURVES:
         x, y = run.column(key)
-        if any(math.isfinite(v) for v in y):
-            x, y = thin(x, y)
-            zero = key != 'loss_scale'
-            top = _without_start([Series('', x, y)])
-            out.append(
-                line_plot([Series('', x, y)], title=title, x_label='steps', y_label=unit,
-                          y_zero=zero, y_max=top)
-            )  # fmt: skip
+        if not any(math.isfinite(v) for v in y):
+            continue
+        noisy = key in ('tokens_per_second', 'grad_norm')
+        series = _smoothed(x, y) if noisy else [Series('', *thin(x, y))]
+        out.append(
+            line_plot(series, title=title, x_label='steps', y_label=unit,
+                      y_zero=key != 'loss_scale', y_max=_without_start(series))
+        )  # fmt: skip
     return out
 
 
@@ -293,7 +302,7 @@ def _quality(run: RunData) -> list[str]:
     out = []
     evals = run.final_evals
     if evals:
-        columns = list(dict.fromkeys(metric for values in evals.values() for metric in values))
+        columns = run.metrics
         rows = [
             [name, *(_metric(c, values.get(c)) for c in columns)] for name, values in evals.items()
         ]
@@ -460,7 +469,8 @@ def _folded(title: str, data: Any) -> str:
 
 def _comparison_page(runs: Sequence[RunData]) -> list[str]:
     runs = _told_apart(runs)
-    metrics = list(dict.fromkeys(m for r in runs for v in r.final_evals.values() for m in v))
+    seen = dict.fromkeys(m for run in runs for m in run.metrics)
+    metrics = [m for m in seen if m not in _COUNTS]
     rows = []
     for run in runs:
         first: Mapping[str, float] = next(iter(run.final_evals.values()), {})
@@ -538,6 +548,8 @@ def _metric(name: str, value: Any) -> str:
         return '–'
     if name == 'accuracy':
         return f'{100 * value:.2f} %'
+    if name in _COUNTS:
+        return page.integer(value)
     return f'{value:.4f}' if abs(value) < 1000 else page.significant(value)
 
 

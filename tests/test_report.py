@@ -31,7 +31,14 @@ def make_run(folder, *, steps=200, summary=True, end=2.0, every=50, device='cpu'
             'tokens_per_second': 2000.0, 'grad_norm': 1 / step, 'stage': 0, 'skipped': 0,
         }  # fmt: skip
         if every and step % every == 0:
-            row['eval'] = {'valid': {'loss': loss, 'bits_per_byte': loss / 2, 'accuracy': 0.25}}
+            row['eval'] = {
+                'valid': {
+                    'loss': loss,
+                    'bits_per_byte': loss / 2,
+                    'accuracy': 0.25,
+                    'tokens': 5000.0,
+                }
+            }
         lines.append(row)
     lines[2].update(skipped=1, loss=None)
     text = ''.join(json.dumps(row) + '\n' for row in lines)
@@ -106,7 +113,7 @@ def test_report_of_a_finished_run(tmp_path):
     for words in (
         'my <run>', 'finished after 200 steps', 'Loss against steps', 'Loss against model FLOPs',
         'Loss against seconds', 'Learning rate', 'Throughput', 'valid bits per byte', '1.0001',
-        'attention', '22.2 %', '66.7 %', '200,000', '204,800',
+        '5,000', 'attention', '22.2 %', '66.7 %', '200,000', '204,800',
         '1.800 TFLOP', '2.200 TFLOP', '1.222', '1 min 40 s', '7.50 s', '3.00 MiB', 'no meter',
         'No MFU: no peak known for cpu', 'gzip -9 takes 1.250 bits per byte', '20.0% fewer',
         'def f(<x>):', '1 skipped steps (gradient not finite): 3', 'no space left',
