@@ -123,7 +123,7 @@ def test_stream_marks_no_document_and_may_predict_bos_in_training_only():
     stream = make_stream()
     rows = packing.make_order('stream', stream, 16, key=1).take(None, 200, 16)[0]
     batch = packing.make_batch(stream, rows, 16, 'stream', training=True)
-    assert (batch['segment_ids'] == 1).all() and (batch['weights'] == 1).all()
+    assert 'segment_ids' not in batch and (batch['weights'] == 1).all()
     assert (batch['positions'] == np.arange(16)).all()
     np.testing.assert_array_equal(batch['targets'][:, :-1], batch['tokens'][:, 1:])
     assert (batch['targets'] == BOS).any()

@@ -60,11 +60,9 @@ def test_batches_have_their_form_and_are_pure(packing, shares):
     assert json.dumps(position) == kept
     assert sampler.advance(position) == sampler.advance(position)
     chex.assert_shape(list(first.values()), (8, 16))
+    names = ['tokens', 'targets', 'positions', *(['segment_ids'] if packing != 'stream' else [])]
     assert {k: v.dtype.name for k, v in first.items()} == {
-        'tokens': 'int32',
-        'targets': 'int32',
-        'segment_ids': 'int32',
-        'positions': 'int32',
+        **dict.fromkeys(names, 'int32'),
         'weights': 'float32',
     }
     # Another sampler of the same arguments is the same; another seed is another order.
