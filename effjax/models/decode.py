@@ -1,18 +1,21 @@
 """Generation with a decoding state: prefill once, then one token a step, under one `jit`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 
 Tree = Any
+
+_BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,3 +141,65 @@ def make_generate(
         return out, counts
 
     return jax.jit(generate)
+
+
+def complete(
+    graphdef: nnx.GraphDef,
+    arrays: Mapping[str, Tree],
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_len: int,
+    tokens: int,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+) -> str:
+    """Continues a text with a trained decoder.
+
+    The text ends with the document, which is where the separator comes, or after `tokens` tokens.
+    Where prompt and continuation do not fit into `max_len` together, the continuation is made in
+    pieces of half that length, each given as much of the text before it as fits.
+
+    Args:
+      graphdef: the decoder without its arrays.
+      arrays: dict(params=, buffers=).
+      tokenizer: has `encode`, `decode` and `bos_id` (an id, or None).
+      prompt: text to go on from; empty begins a document.
+      max_len: the longest sequence that the decoder takes.
+      tokens: most tokens to generate, at least 1.
+      sampling: how they are drawn.
+      seed: of the draws.
+
+    Returns:
+      The continuation, without the prompt.
+
+    Raises:
+      ConfigError: no tokens asked for, or a model too short for a prompt and a continuation.
+    """
+    if tokens < 1 or max_len < 2:
+        raise ConfigError(
+            f'cannot generate {tokens} tokens with a model of {max_len} positions; ask for at '
+            'least 1 token of a model with at least 2 positions.'
+        )
+    bos = tokenizer.bos_id
+    start = ([] if bos is None else [bos]) + [int(i) for i in tokenizer.encode(prompt)]
+    start = start or [0]  # a tokenizer without separator, and no prompt
+    piece, width = tokens, -(-len(start) // _BUCKET) * _BUCKET
+    if width + piece > max_len:
+        piece = min(tokens, max_len // 2)
+        width = max_len - piece
+    generate = make_generate(graphdef, tokens=piece, sampling=sampling, stop=bos)
+    new: list[int] = []
+    key = jax.random.key(seed)
+    while len(new) < tokens:
+        given = (start + new)[-width:]
+        row = np.zeros((1, width), np.int32)
+        row[0, : len(given)] = given
+        out, counts = generate(
+            arrays['params'], arrays['buffers'], row, np.array([len(given)], np.int32),
+            jax.random.fold_in(key, len(new)),
+        )  # fmt: skip
+        new += np.asarray(out)[0, : int(counts[0])].tolist()
+        if new[-1] == bos:
+            break
+    return tokenizer.decode([i for i in new[:tokens] if i != bos])
