@@ -56,10 +56,11 @@ def test_evaluation_covers_the_held_out_text_once_in_order(build, packing, token
     for batch in batches:
         assert all(array.shape == (4, 16) for array in batch.values())
     last = batches[len(batches) - 1]
-    padded = last['weights'].max(1) == 0
-    assert padded.sum() < 4
+    # A row may also lack targets because it holds a document's last token and nothing else.
+    assert (last['weights'].max(1) == 0).sum() < 4
     if packing != 'stream':  # which has no documents to tell apart
-        assert ((last['segment_ids'].max(1) == 0) == padded).all()
+        padded = last['segment_ids'].max(1) == 0
+        assert padded.sum() < 4 and not last['weights'][padded].any()
     with pytest.raises(IndexError):
         batches[len(batches)]
 
