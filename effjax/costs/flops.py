@@ -26,10 +26,12 @@ from jax.interpreters import partial_eval
 from effjax.core.errors import ConfigError
 from effjax.costs import products
 
-# Costs of kernels that state none themselves: `name -> 'module:function'` (or the function), where
-# name is the `pallas_call`'s or the custom call's, and function takes (shapes of the inputs, shapes
-# of the outputs, parameters of the equation) and returns FLOPs on one device.
-KERNELS: dict[str, str | Callable[..., float]] = {}
+# Costs of kernels that state none themselves: `beginning of a name -> 'module:function'` (or the
+# function), where the name is the `pallas_call`'s or the custom call's. The function takes a
+# `products.KernelCall` and returns FLOPs on one device, or None where it cannot tell.
+KERNELS: dict[str, str | Callable[[products.KernelCall], float | None]] = {
+    'splash_': 'effjax.costs.products:splash_attention',
+}
 
 # Matrix decompositions and foreign calls whose FLOPs cannot be read from their shapes.
 _OPAQUE = frozenset({
@@ -41,6 +43,7 @@ _OPAQUE = frozenset({
 _Tally = dict[tuple[str, str, str, str], float]  # (kind, primitive, scope, phase) -> FLOPs
 
 _TRANSFORM = re.compile(r'[a-z_0-9]+\(')
+_PAIRS = re.compile(r'\bpairs=(\d+)')
 _NOT_A_SCOPE = frozenset({'', 'rematted_computation', 'checkpoint'})
 
 
@@ -130,11 +133,20 @@ def walk_jaxpr(
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where an equation stands: scope path, phase, and whether it belongs to a recurrence."""
+    """Where an equation stands.
+
+    Attributes:
+      scope: path of named scopes.
+      phase: 'forward', 'recompute' or 'backward'.
+      recurrent: it belongs to a recurrence, whose elementwise arithmetic counts.
+      pairs: N of the innermost `jax.named_scope('pairs=N')`, by which the caller of an attention
+        kernel says what its shapes do not: the pairs of query and key that a mask allows a head.
+    """
 
     scope: str = ''
     phase: str = 'forward'
     recurrent: bool = False
+    pairs: int | None = None
 
     def enter(self, eqn: Any) -> '_Place':
         """Returns the place of an equation found in this place."""
@@ -144,7 +156,9 @@ class _Place:
             phase = 'recompute'
         elif 'transpose(' in stack and phase == 'forward':
             phase = 'backward'
-        return _Place(_join(self.scope, stack), phase, self.recurrent)
+        told = _PAIRS.findall(stack)
+        pairs = int(told[-1]) if told else self.pairs
+        return _Place(_join(self.scope, stack), phase, self.recurrent, pairs)
 
 
 class _Walker:
@@ -228,15 +242,20 @@ class _Walker:
     def kernel(self, eqn: Any, place: _Place) -> _Tally:
         name = _kernel_name(eqn)
         estimate = eqn.params.get('cost_estimate')
+        flops: float | None = None
         if estimate is not None:
             flops = float(estimate.flops)
-        elif name in KERNELS:
-            flops = float(_resolve(KERNELS[name])(
-                [tuple(v.aval.shape) for v in eqn.invars],
-                [tuple(v.aval.shape) for v in eqn.outvars],
-                eqn.params,
-            ))  # fmt: skip
-        else:
+        elif formula := _formula(name):
+            flops = formula(
+                products.KernelCall(
+                    name,
+                    tuple(v.aval for v in eqn.invars),
+                    tuple(v.aval for v in eqn.outvars),
+                    eqn.params,
+                    place.pairs,
+                )
+            )
+        if flops is None:
             self.unknown.append(f'{eqn.primitive.name} {name!r}')
             return {}
         return {('kernel', name, place.scope, place.phase): flops}
@@ -324,11 +343,16 @@ def _kernel_name(eqn: Any) -> str:
     return str(eqn.primitive.name)
 
 
-def _resolve(cost: str | Callable[..., float]) -> Callable[..., float]:
-    if callable(cost):
-        return cost
-    module, _, attribute = cost.partition(':')
-    return getattr(importlib.import_module(module), attribute)
+def _formula(name: str) -> Callable[[products.KernelCall], float | None] | None:
+    """Returns the cost of a kernel from `KERNELS`, the longest fitting key first."""
+    for key in sorted(KERNELS, key=len, reverse=True):
+        if name.startswith(key):
+            cost = KERNELS[key]
+            if callable(cost):
+                return cost
+            module, _, attribute = cost.partition(':')
+            return getattr(importlib.import_module(module), attribute)
+    return None
 
 
 def _join(outer: str, stack: str) -> str:
@@ -336,7 +360,8 @@ def _join(outer: str, stack: str) -> str:
     plain = _TRANSFORM.sub('', stack).replace(')', '')
     parts = outer.split('/') if outer else []
     for part in plain.split('/'):
-        if '->' in part or part in _NOT_A_SCOPE:  # an einsum names itself by its formula
+        # An einsum names itself by its formula.
+        if '->' in part or part in _NOT_A_SCOPE or _PAIRS.match(part):
             continue
         if not parts or parts[-1] != part:
             parts.append(part)

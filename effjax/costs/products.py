@@ -6,8 +6,9 @@ multiplies with (padding, masked pairs in a dense product) count, since they are
 a dilated convolution do not, since no backend multiplies them.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,42 @@ def cudnn_attention(eqn: Any) -> float:
     return 2.0 * q[0] * q[heads] * pairs * per_pair
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelCall:
+    """A call of a kernel that states no cost itself.
+
+    Attributes:
+      name: the kernel's.
+      inputs, outputs: things with shape and dtype.
+      params: parameters of the jaxpr's equation.
+      pairs: pairs of query and key that the mask allows one head, if the caller told.
+    """
+
+    name: str
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    params: Mapping[str, Any]
+    pairs: int | None = None
+
+
+def splash_attention(call: KernelCall) -> float | None:
+    """FLOPs of jax's Splash attention kernels on TPU, of visible pairs as for cuDNN.
+
+    The kernels are 'fwd' (2 products a pair), 'dq' (3), 'dkv' (4) and the fused 'dkv' that gives
+    dq as well (5).
+    """
+    if call.pairs is None:
+        return None
+    floating = [x.shape for x in call.inputs if _is_floating(x)]
+    (*rows, _, dim), values = floating[0], floating[2][-1]  # q, k, v come before other numbers
+    per_pair = dim + values
+    if '_dq' in call.name:
+        per_pair = 2 * dim + values
+    elif '_dkv' in call.name:
+        per_pair = (2 if len(call.outputs) == 2 else 3) * dim + 2 * values
+    return 2.0 * math.prod(rows) * call.pairs * per_pair
+
+
 def _is_causal(params: Any) -> bool:
     if 'mask_type' in params:
         mask = params['mask_type']
@@ -140,8 +177,7 @@ def cumulative(eqn: Any) -> float:
 def arithmetic(eqn: Any) -> float:
     """One FLOP for each element that a floating-point operation writes (or reduces)."""
     out = eqn.outvars[0].aval
-    # By name: numpy does not know bfloat16 and the float8 types as inexact.
-    if not any(word in str(getattr(out, 'dtype', '')) for word in ('float', 'complex')):
+    if not _is_floating(out):
         return 0.0
     size = math.prod(out.shape)
     if eqn.primitive.name.startswith('reduce_'):
@@ -181,3 +217,8 @@ def product_of(name: str) -> tuple[str, Callable[[Any], float]] | None:
 
 def _per_multiply_add(aval: Any) -> float:
     return 8.0 if np.issubdtype(aval.dtype, np.complexfloating) else 2.0
+
+
+def _is_floating(aval: Any) -> bool:
+    # By name: numpy does not know bfloat16 and the float8 types as inexact.
+    return any(word in str(getattr(aval, 'dtype', '')) for word in ('float', 'complex'))

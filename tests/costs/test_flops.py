@@ -11,8 +11,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 
+from effjax import kernels
 from effjax.core.errors import ConfigError
-from effjax.costs import flops, walk, walk_jaxpr
+from effjax.costs import flops, products, walk, walk_jaxpr
+from effjax.kernels.attention.cost import executed_flops
 
 N = 8
 UNIT = 2 * N**3  # one product of two N x N matrices
@@ -335,11 +337,12 @@ def test_pallas_kernels_by_a_registered_cost(monkeypatch):
     with pytest.raises(ConfigError, match=r"pallas_call 'double'; .*cost_estimate"):
         walk(double, X, strict=True)
     assert walk(double, X).total is None
-    monkeypatch.setitem(flops.KERNELS, 'double', lambda inputs, outputs, params: inputs[0][0] * 10)
+    monkeypatch.setitem(flops.KERNELS, 'double', lambda call: 10.0 * call.inputs[0].shape[0])
     assert walk(double, X).total == 80
     module = types.ModuleType('kernel_costs_of_a_test')
-    module.double = lambda inputs, outputs, params: 5.0
+    module.double = lambda call: 5.0 if call.params else None
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(flops.KERNELS, 'doubl', 'nowhere:shorter_keys_come_later')
     monkeypatch.setitem(flops.KERNELS, 'double', f'{module.__name__}:double')
     assert walk(double, X).total == 5
 
@@ -377,6 +380,39 @@ def test_cudnn_attention_by_formula(monkeypatch, window):
     if window is None:
         fn, args = cudnn(module.MaskType.NO_MASK)
         assert walk(fn, *args).total == 4 * 2 * 4 * 64 * 128 * 128
+
+
+@pytest.mark.parametrize(('mask', 'window'), [('causal', None), ('causal', 128), ('full', None)])
+def test_splash_attention_by_the_pairs_its_caller_tells(mask, window):
+    shape = (2, 512, 4, 128)
+    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((2, 512, 2, 128), jnp.bfloat16)
+
+    def fn(q, k, v):
+        out = kernels.attention(q, k, v, mask=mask, window=window, implementation='splash')
+        return out.astype(jnp.float32).sum()
+
+    with kernels.target('tpu'):
+        result = walk(jax.value_and_grad(fn, argnums=(0, 1, 2)), q, k, k, strict=True)
+    forward = executed_flops('splash', *shape, mask=mask, window=window)
+    assert result.by_phase['forward'] == forward
+    # The products of the output with its cotangent, row by row, stand outside of the kernel.
+    assert result.by_kind == {'kernel': 3.5 * forward, 'matmul': 2 * 2 * 512 * 4 * 128}
+    assert not any('pairs' in scope for scope in result.by_scope)
+
+
+def test_unfused_splash_kernels():
+    q, lse = jax.ShapeDtypeStruct((4, 512, 64), jnp.bfloat16), jnp.zeros(())
+    ints = jax.ShapeDtypeStruct((1, 1, 1), jnp.int8)
+
+    def cost(name, outputs, pairs=1000):
+        call = products.KernelCall(name, (ints, q, q, q, lse), (q,) * outputs, {}, pairs)
+        return products.splash_attention(call)
+
+    unit = 2 * 4 * 64 * 1000  # one product
+    assert cost('splash_mha_dq_no_residuals', 1) == 3 * unit
+    assert cost('splash_mha_dkv_no_residuals', 2) == 4 * unit
+    assert cost('splash_mha_fwd_residuals', 2, pairs=None) is None
 
 
 def test_walk_of_a_traced_step_equals_walk_of_the_function():

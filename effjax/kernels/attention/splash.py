@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from effjax.kernels import choice
+from effjax.kernels.attention.cost import pairs
 from effjax.kernels.attention.problem import Extras, Problem
 
 _LANES = 128
@@ -45,11 +46,13 @@ def attend(
     kernel = _kernel(q_len, kv_len, heads, problem.mask, problem.window, problem.soft_cap)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHD * problem.scale, k_BSGD, v_BSGD))
     q = q.astype(q_BTHD.dtype)
-    if problem.segments:
-        ids = splash.SegmentIds(q=extras.q_segments, kv=extras.kv_segments)
-        o = jax.vmap(kernel)(q, k, v, ids)
-    else:
-        o = jax.vmap(kernel)(q, k, v)
+    scored = pairs(q_len, kv_len, mask=problem.mask, window=problem.window)
+    with jax.named_scope(f'pairs={scored}'):  # for `effjax.costs.walk`: its shapes do not tell
+        if problem.segments:
+            ids = splash.SegmentIds(q=extras.q_segments, kv=extras.kv_segments)
+            o = jax.vmap(kernel)(q, k, v, ids)
+        else:
+            o = jax.vmap(kernel)(q, k, v)
     o_BTHD = jnp.swapaxes(o, 1, 2)
     if extras.q_segments is not None:
         o_BTHD = jnp.where((extras.q_segments != 0)[:, :, None, None], o_BTHD, 0)
