@@ -173,6 +173,14 @@ def test_each_step_counts_once_and_in_order(tmp_path):
     assert run.damaged == 3
 
 
+def test_gzip_is_compared_with_the_evaluation_that_covers_most():
+    part, whole = {'bits_per_byte': 1.0, 'tokens': 10.0}, {'bits_per_byte': 1.5, 'tokens': 99.0}
+    sentence = report._gzip_sentence({'whole': whole, 'part': part}, 2.0)
+    assert sentence.endswith('on the held-out files; the model (whole) takes 25.0% fewer.')
+    assert report._gzip_sentence({'whole': whole}, 1.0).endswith('takes 50.0% more.')
+    assert report._gzip_sentence({'digits': {'accuracy': 1.0}}, 1.0).endswith('held-out files.')
+
+
 def test_comparison(tmp_path):
     runs = [
         make_run(tmp_path / 'a' / 'run', end=2.0),
