@@ -67,10 +67,10 @@ def _forward(soft_cap, z_loss, chunks, x_ND, w_DV, bias_V, targets_N, weights_N)
     sums, row_loss = _sums(nll, lse, right, rows[2], z_loss)
     length = x_ND.shape[0]
     residuals = (
-        _join(dx, length),
+        _join(dx, length, chunks),
         dw.astype(w_DV.dtype),
         None if bias_V is None else db.astype(bias_V.dtype),
-        _join(row_loss, length).astype(weights_N.dtype),
+        _join(row_loss, length, chunks).astype(weights_N.dtype),
     )
     return sums, residuals
 
@@ -152,9 +152,9 @@ def _split(rows, chunks):
     return tuple(deal(x) for x in rows)
 
 
-def _join(x, length):
+def _join(x, length, chunks):
     """The inverse of `_split`; x is [N, ...] or [chunks, n, ...]."""
-    if x.shape[0] == length:
+    if chunks == 1:
         return x
     return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:length]
 

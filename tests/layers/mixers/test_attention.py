@@ -1,0 +1,173 @@
+"""The attention mixer: the catalogue's checks, costs, caches, and what it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from effjax.core.axes import metadata
+from effjax.core.context import Context
+from effjax.core.errors import ConfigError
+from effjax.core.info import SeqInfo
+from effjax.core.policy import Policy
+from effjax.core.trees import nbytes
+from effjax.costs import walk
+from effjax.kernels import last_choice
+from effjax.kernels.attention.cost import executed_flops
+from effjax.layers.mixers.attention import Attention
+
+WIDTH, LENGTH = 16, 10
+
+
+def context(width=WIDTH, positions='none', **kw):
+    kw = {'max_len': 32, 'policy': Policy(), 'init': 'lecun', **kw}
+    return Context(width=width, positions={'kind': positions}, **kw)
+
+
+def make(ctx=None, seed=0, **kw):
+    return Attention(ctx or context(), rngs=nnx.Rngs(seed), **kw)
+
+
+def inputs(width=WIDTH, length=LENGTH):
+    return jax.random.normal(jax.random.key(9), (2, length, width)), SeqInfo.of(2, length)
+
+
+def self_attention(x, q, k, v, out):
+    """One head, written out in float64; matrices are [D, K] and out [K, D]."""
+    x, q, k, v, out = (np.asarray(a, np.float64) for a in (x, q, k, v, out))
+    y = np.zeros_like(x)
+    for b, t in np.ndindex(x.shape[:2]):
+        s = (x[b, : t + 1] @ k) @ (x[b, t] @ q) / np.sqrt(q.shape[-1])
+        p = np.exp(s - s.max())
+        y[b, t] = (p / p.sum()) @ (x[b, : t + 1] @ v) @ out
+    return y
+
+
+def matrices(mixer, head):
+    group = head // (mixer.heads // mixer.kv_heads)
+    return (
+        mixer.query.kernel[:, head], mixer.key.kernel[:, group], mixer.value.kernel[:, group],
+        mixer.out.kernel[head],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(('heads', 'kv_heads'), [(1, 1), (4, 4), (4, 2), (4, 1)])
+def test_multi_head_is_a_sum_of_self_attentions(heads, kv_heads):
+    """One head is self-attention; several are the sum of each head through its part of `out`."""
+    mixer = make(heads=heads, kv_heads=kv_heads)
+    x, info = inputs()
+    expected = sum(self_attention(x, *matrices(mixer, h)) for h in range(heads))
+    np.testing.assert_allclose(mixer(x, info=info)[0], expected, atol=1e-5)
+
+
+def test_multi_query_equals_tied_heads_with_a_cache_of_one():
+    mqa, mha = make(heads=4, kv_heads=1), make(heads=4, seed=1)
+    for name in ('query', 'out'):
+        getattr(mha, name).kernel[...] = getattr(mqa, name).kernel[...]
+    for name in ('key', 'value'):
+        kernel = getattr(mqa, name).kernel[...]
+        getattr(mha, name).kernel[...] = jnp.repeat(kernel, 4, axis=1)
+    x, info = inputs()
+    np.testing.assert_allclose(mqa(x, info=info)[0], mha(x, info=info)[0], atol=1e-5)
+
+    def cached(mixer):
+        state = jax.eval_shape(functools.partial(mixer.init_state, 3, 32, jnp.bfloat16))
+        real = nbytes([state['key'], state['value']])
+        assert mixer.kv_bytes(3, 32, jnp.bfloat16) == real
+        assert mixer.state_bytes(3, 32, jnp.bfloat16) == nbytes(state)
+        return real
+
+    assert cached(mha) == 4 * cached(mqa) == 2 * 3 * 32 * WIDTH * 2
+
+
+def test_gpt2_cache_is_576_mib():
+    mixer = nnx.eval_shape(lambda: make(context(768), heads=12))
+    assert 12 * mixer.kv_bytes(8, 1024, jnp.float32) == 576 * 2**20
+    state = jax.eval_shape(functools.partial(mixer.init_state, 8, 1024, jnp.float32))
+    assert 12 * nbytes([state['key'], state['value']]) == 576 * 2**20
+
+
+@pytest.mark.parametrize('window', [None, 4, 100])
+def test_cost_counts_pairs_and_the_walk_what_runs(window):
+    """Model FLOPs count the mask's pairs; the walk of the program counts what 'xla' executes."""
+    length = 200
+    mixer = make(heads=4, kv_heads=2, window=window)
+    x, info = inputs(length=length)
+    cost = mixer.cost(2, length)
+    pairs = sum(min(t + 1, window or length) for t in range(length))
+    projections = 2 * 2 * length * WIDTH * (2 * WIDTH + 2 * (WIDTH // 2))
+    assert cost.matmul == projections + 4 * 2 * WIDTH * pairs
+    walked = walk(lambda x: mixer(x, info=info)[0], x)
+    assert last_choice('attention')['form'] == ('band' if window == 4 else 'dense')
+    executed = projections + executed_flops('xla', 2, length, 4, 4, window=window)
+    assert walked.total == executed
+    full = make(context(causal=False), heads=4).cost(1, 8)
+    assert full.matmul == 2 * 8 * WIDTH * 4 * WIDTH + 4 * WIDTH * 64
+    assert full.state_bytes == 0
+
+
+def test_parameters_are_named():
+    mixer = make(heads=4, kv_heads=2, bias=True, qk_norm=True)
+    meta = metadata(nnx.state(mixer, nnx.Param))
+    assert meta['query']['kernel'].axes == ('embed', 'heads', 'head_dim')
+    assert meta['key']['kernel'].axes == ('embed', 'kv_heads', 'head_dim')
+    assert meta['value']['bias'].axes == ('kv_heads', 'head_dim')
+    assert meta['out']['kernel'].axes == ('heads', 'head_dim', 'embed')
+    assert meta['out']['bias'].axes == ('embed',)
+    assert meta['query_norm']['scale'].axes == ('head_dim',)
+    assert meta['query_norm']['scale'].no_decay and not meta['query']['kernel'].no_decay
+
+
+def test_a_ring_of_the_windows_size_is_enough():
+    """300 steps through a ring of 5 slots equal the parallel form with rotary positions."""
+    mixer = make(context(positions='rope'), heads=2, window=5)
+    x, info = inputs(length=60)
+    state = mixer.init_state(2, 60, jnp.float32)
+    assert state['key'].shape == (2, 5, 2, 8)
+    _, ys = jax.lax.scan(lambda s, x: mixer.step(x, s)[::-1], state, x.swapaxes(0, 1))
+    np.testing.assert_allclose(ys.swapaxes(0, 1), mixer(x, info=info)[0], atol=1e-5)
+
+
+def test_prompts_of_unequal_length_decode_together():
+    """Right padding takes no slot: each row goes on right after its own last token."""
+    mixer = make(context(positions='rope'), heads=2)
+    x, info = inputs()
+    lengths = np.array([3, 7])
+    ids = (np.arange(7) < lengths[:, None]).astype(np.int32)
+    prompt = SeqInfo(info.positions[:, :7], jnp.asarray(ids))
+    _, state, _ = mixer(x[:, :7], info=prompt, state=mixer.init_state(2, LENGTH, jnp.float32))
+    np.testing.assert_array_equal(state['count'], lengths)
+    for t in range(3):
+        y, state = mixer.step(x[np.arange(2), lengths + t], state)
+        whole = mixer(x, info=info)[0]
+        np.testing.assert_allclose(y, whole[np.arange(2), lengths + t], atol=1e-5)
+
+
+def test_dropout_of_attention_weights_only_while_training():
+    mixer = make(heads=2, attention_dropout=0.5)
+    x, info = inputs()
+    plain = mixer(x, info=info)[0]
+    np.testing.assert_array_equal(plain, make(heads=2)(x, info=info)[0])
+    train = SeqInfo(info.positions, rng=jax.random.key(0), train=True)
+    assert jnp.abs(mixer(x, info=train)[0] - plain).max() > 1e-3
+
+
+def test_what_it_refuses():
+    cases = (
+        ({'heads': 3}, 'heads 3 do not divide width 16'),
+        ({'heads': 4, 'kv_heads': 3}, 'kv_heads 3 do not divide heads 4'),
+        ({'heads': 4, 'window': 0}, 'window must be at least 1'),
+        ({'heads': 4, 'head_dim': 0}, 'head_dim must be at least 1'),
+        ({'heads': 4, 'attention_dropout': 1.0}, r'must be in \[0, 1\)'),
+    )
+    for kw, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            make(**kw)
+    with pytest.raises(ConfigError, match='a window needs a causal model'):
+        make(context(causal=False), heads=4, window=3)
+    x, info = inputs()
+    with pytest.raises(ValueError, match="cannot run as 'cudnn': it needs an NVIDIA GPU"):
+        make(heads=4, implementation='cudnn')(x, info=info)

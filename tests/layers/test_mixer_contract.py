@@ -1,0 +1,397 @@
+"""Every mixer keeps the contract of `layers.mixers`, for every config of the table below.
+
+A new mixer joins by a line in `CONFIGS`. One jitted function serves several properties, since
+compiling is most of the time; rows are cut by padding, so that every cut has one shape.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from flax import nnx
+
+from effjax.core.context import Context
+from effjax.core.info import SeqInfo
+from effjax.core.policy import Policy
+from effjax.core.registry import arguments, check_block
+from effjax.core.trees import count, nbytes
+from effjax.layers.mixers import MIXERS
+
+CONFIGS = {
+    'attention': [
+        {'heads': 2},
+        {
+            'heads': 4,
+            'kv_heads': 2,
+            'head_dim': 4,
+            'window': 3,
+            'qk_norm': True,
+            'soft_cap': 4.0,
+            'bias': True,
+        },
+    ],
+    'shaped_attention': [{'heads': 2}],
+}
+# The same properties for more configs, in the tier `ci`.
+MORE = {
+    'attention': [{'heads': 3, 'kv_heads': 1, 'head_dim': 6, 'implementation': 'reference'}],
+    'shaped_attention': [{'heads': 2, 'values': True, 'qk_norm': True}],
+}
+CASES = [
+    pytest.param(kind, config, id=f'{kind}-{i}', marks=marks)
+    for table, marks, start in ((CONFIGS, (), 0), (MORE, pytest.mark.ci, 10))
+    for kind, configs in table.items()
+    for i, config in enumerate(configs, start)
+]
+FAST = [(c.id, *c.values) for c in CASES if not c.marks]
+# Tiny programs run once or twice: compiling them well takes longer than running them badly.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+WIDTH, LENGTH = 12, 11  # a length that no block size divides
+# Documents of 5, 1, 3 and 2 tokens, padding between and at the end of the second row.
+SEGMENTS = np.array(
+    [[1, 1, 1, 1, 1, 2, 3, 3, 3, 4, 4], [1, 1, 1, 0, 2, 2, 2, 2, 0, 0, 0]], np.int32
+)
+# float32 products of one value in another order; the inputs and outputs are of order 1.
+TOLERANCE = {'atol': 2e-5, 'rtol': 2e-4}
+
+
+def positions_of(segments):
+    """Positions that restart with each document."""
+    out = np.zeros_like(segments)
+    for b, t in np.ndindex(segments.shape):
+        if t and segments[b, t] == segments[b, t - 1]:
+            out[b, t] = out[b, t - 1] + 1
+    return out
+
+
+def make_info(segments=None, batch=2, **kw):
+    if segments is None:
+        return SeqInfo.of(batch, LENGTH, **kw)
+    segments = np.asarray(segments)
+    return SeqInfo(jnp.asarray(positions_of(segments)), jnp.asarray(segments), **kw)
+
+
+class Case:
+    """One mixer with random parameters (also those that start at 0 or 1), and its functions."""
+
+    def __init__(self, kind, config, *, compute='float32', causal=True, dtype=jnp.float32):
+        block = {'kind': kind, **config}
+        component = check_block(MIXERS, block, 'mixer', 'mixer')
+        context = Context(
+            width=WIDTH,
+            policy=Policy(param=jnp.dtype(dtype).name, compute=compute),
+            causal=causal,
+            depth=2,
+            max_len=LENGTH + 2,
+            positions={'kind': 'rope', 'base': 100.0},
+            init='lecun',
+        )
+        self.mixer = component(context, **arguments(block), rngs=nnx.Rngs(0))
+        self.graphdef, params = nnx.split(self.mixer)
+        params = nnx.to_pure_dict(params)
+        keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+        noise = lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape, jnp.float32)  # noqa: E731
+        self.params = jax.tree.map(lambda p: noise(p).astype(dtype), params)
+        self.x = jax.random.normal(jax.random.key(2), (2, LENGTH, WIDTH)).astype(compute)
+
+    def call(self, params, x, info, state=None, return_state=False):
+        return nnx.merge(self.graphdef, params)(
+            x, info=info, state=state, return_state=return_state
+        )
+
+    @functools.cached_property
+    def forward(self):
+        return jit(lambda params, x, info: self.call(params, x, info)[0])
+
+    @functools.cached_property
+    def chunk(self):
+        """Continues from a state."""
+        return jit(lambda params, x, info, state: self.call(params, x, info, state, True)[:2])
+
+    def stepped(self, params, x, state, reset):
+        """The token loop; x [B, T, D], reset [B, T]."""
+        mixer = nnx.merge(self.graphdef, params)
+
+        def one(state, at):
+            y, state = mixer.step(at[0], state, reset=at[1])
+            return state, y
+
+        state, ys = jax.lax.scan(one, state, (x.swapaxes(0, 1), reset.T))
+        return ys.swapaxes(0, 1), state
+
+    def empty(self, batch=2):
+        return self.mixer.init_state(batch, LENGTH, self.x.dtype)
+
+
+@functools.cache
+def _case(kind, key, **kw):
+    return Case(kind, dict(key), **kw)
+
+
+def case_of(kind, config, **kw):
+    return _case(kind, tuple(config.items()), **kw)
+
+
+def loss_of(y, segments=None):
+    """A sum whose gradient differs in every element, padding left out."""
+    weight = jnp.sin(1.0 + jnp.arange(y.shape[-1], dtype=jnp.float32))
+    y = y.astype(weight.dtype) if y.dtype != jnp.float64 else y
+    if segments is not None:
+        y = jnp.where((segments != 0)[..., None], y, 0)
+    return jnp.sum(jnp.sin(y) * weight)
+
+
+def test_every_mixer_is_in_the_table():
+    assert set(CONFIGS) == set(MIXERS)
+
+
+@pytest.mark.parametrize(('kind', 'config'), CASES)
+def test_states_continue_exactly(kind, config):
+    """Stepped, and cut anywhere (document boundaries and padding included), equal the whole."""
+    case = case_of(kind, config)
+    info = make_info(SEGMENTS)
+    real = (SEGMENTS != 0)[..., None]
+    whole = np.where(real, case.forward(case.params, case.x, info), 0)
+
+    # Every cut at once: each becomes a row of the batch, both pieces padded to the full length.
+    cuts = np.arange(LENGTH + 1)
+    rows = np.arange(2).repeat(len(cuts))
+    cut = np.tile(cuts, 2)
+    place = np.arange(LENGTH)
+    head = np.where(place < cut[:, None], SEGMENTS[rows], 0)
+    shift = np.minimum(place + cut[:, None], LENGTH - 1)
+    inside = place + cut[:, None] < LENGTH
+    tail = np.where(inside, np.take_along_axis(SEGMENTS[rows], shift, 1), 0)
+    positions = positions_of(SEGMENTS)[rows]
+    x = np.asarray(case.x)[rows]
+    x_tail = np.take_along_axis(x, shift[..., None], 1)
+    first, state = case.chunk(
+        case.params, x, SeqInfo(positions, jnp.asarray(head)), case.empty(len(rows))
+    )
+    tail_info = SeqInfo(np.take_along_axis(positions, shift, 1), jnp.asarray(tail))
+    second, final = case.chunk(case.params, x_tail, tail_info, state)
+    back = np.maximum(place - cut[:, None], 0)[..., None]
+    joined = np.where(
+        (place < cut[:, None])[..., None], first, np.take_along_axis(np.asarray(second), back, 1)
+    )
+    chex.assert_trees_all_close(np.where(real[rows], joined, 0), whole[rows], **TOLERANCE)
+    # However a row was cut, it ends in one state; it belongs to the last document.
+    ends = jax.tree.map(lambda s: np.asarray(s)[:: len(cuts)].repeat(len(cuts), 0), final)
+    chex.assert_trees_all_close(final, ends, **TOLERANCE)
+
+    # One token at a time, over the first row, which has no padding.
+    x, positions = case.x[:1], positions_of(SEGMENTS[:1])
+    reset = jnp.asarray(positions == 0)
+    ys, stepped = jit(case.stepped)(case.params, x, case.empty(1), reset)
+    chex.assert_trees_all_close(ys, whole[:1], **TOLERANCE)
+    first_row = jax.tree.map(lambda s: s[:1], final)
+    chex.assert_trees_all_close(stepped, first_row, **TOLERANCE)
+    chex.assert_trees_all_equal_shapes_and_dtypes(stepped, first_row)
+
+
+@pytest.mark.parametrize(('kind', 'config'), CASES)
+def test_state_of_a_call_without_one(kind, config):
+    """`return_state` from scratch equals the same from an empty state, and steps go on from it."""
+    case = case_of(kind, config)
+    cut = 9
+    positions = np.broadcast_to(np.arange(cut, dtype=np.int32), (2, cut))
+
+    @jit
+    def run(params, x):
+        first, state, _ = case.call(params, x[:, :cut], SeqInfo(positions), None, True)
+        mixer = nnx.merge(case.graphdef, params)
+        ys = [first]
+        for t in range(cut, LENGTH):
+            y, state = mixer.step(x[:, t], state)
+            ys.append(y[:, None])
+        return case.call(params, x, make_info())[:2], jnp.concatenate(ys, axis=1)
+
+    (whole, none), pieces = run(case.params, case.x)
+    assert none is None
+    chex.assert_trees_all_close(pieces, whole, **TOLERANCE)
+
+
+@pytest.mark.parametrize(('kind', 'config'), CASES)
+def test_is_causal(kind, config):
+    """A change of token t moves no output before t, and does move output t."""
+    case = case_of(kind, config)
+    x = jnp.broadcast_to(case.x[:1], (LENGTH, LENGTH, WIDTH))
+    moved = x + 0.5 * jnp.eye(LENGTH)[..., None]
+    info = make_info(np.ones((LENGTH, LENGTH), np.int32))
+    before = case.forward(case.params, x, info)
+    after = case.forward(case.params, moved, info)
+    change = np.abs(np.asarray(after - before)).max(-1)
+    assert not np.any(change[np.triu_indices(LENGTH, 1)[::-1]]), 'an output saw the future'
+    assert np.all(np.diag(change) > 0)
+
+
+@pytest.mark.parametrize(('kind', 'config'), CASES)
+def test_packed_equals_separate_documents(kind, config):
+    """Outputs and gradients; padding is never read and its output is 0 or unread."""
+    case = case_of(kind, config)
+    info = make_info(SEGMENTS)
+    places = [np.nonzero(SEGMENTS[b] == s) for b in (0, 1) for s in range(1, SEGMENTS[b].max() + 1)]
+    rows = [b for b in (0, 1) for _ in range(1, SEGMENTS[b].max() + 1)]
+    alone = np.zeros((len(rows), LENGTH), np.int32)
+    x = np.zeros((len(rows), LENGTH, WIDTH), np.float32)
+    for i, (b, (at,)) in enumerate(zip(rows, places, strict=True)):
+        alone[i, : len(at)] = 1
+        x[i, : len(at)] = np.asarray(case.x)[b, at]
+
+    @jit
+    def both(params, x, info):
+        def f(params, x):
+            y = case.call(params, x, info)[0]
+            return loss_of(y, info.segment_ids), y
+
+        return jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(params, x)
+
+    (_, packed), (packed_grad, packed_dx) = both(case.params, case.x, info)
+    (_, separate), (separate_grad, separate_dx) = both(case.params, x, make_info(alone))
+    for i, (b, (at,)) in enumerate(zip(rows, places, strict=True)):
+        chex.assert_trees_all_close(packed[b, at], separate[i, : len(at)], **TOLERANCE)
+        chex.assert_trees_all_close(packed_dx[b, at], separate_dx[i, : len(at)], **TOLERANCE)
+    chex.assert_trees_all_close(packed_grad, separate_grad, atol=1e-4, rtol=1e-3)
+    assert not np.any(np.asarray(packed_dx)[SEGMENTS == 0]), 'padding was read'
+    chex.assert_tree_all_finite(packed_grad)
+
+    # What stands in the padding does not matter, however large.
+    noisy = jnp.where((SEGMENTS == 0)[..., None], 1e4, case.x)
+    (_, again), _ = both(case.params, noisy, info)
+    chex.assert_trees_all_equal(again[SEGMENTS != 0], packed[SEGMENTS != 0])
+
+
+@pytest.mark.parametrize(('kind', 'config'), CASES)
+def test_gradients_against_a_float64_token_loop(kind, config):
+    case = case_of(kind, config)
+
+    def parallel(params, x):
+        return loss_of(case.call(params, x, make_info())[0])
+
+    grads = jit(jax.grad(parallel, argnums=(0, 1)))(case.params, case.x)
+    with jax.enable_x64(True):
+        wide = Case(kind, config, compute='float64', dtype=jnp.float64)
+        params, x = jax.tree.map(
+            lambda a: jnp.asarray(np.asarray(a), jnp.float64), (case.params, case.x)
+        )
+        reset = jnp.zeros((2, LENGTH), bool)
+
+        def token_loop(params, x):
+            return loss_of(wide.stepped(params, x, wide.empty(), reset)[0])
+
+        expected = jit(jax.grad(token_loop, argnums=(0, 1)))(params, x)
+        assert all(g.dtype == jnp.float64 for g in jax.tree.leaves(expected))
+        expected = jax.tree.map(np.asarray, expected)
+    # float32 against float64: sums of a few hundred terms of order 1.
+    chex.assert_trees_all_close(grads, jax.tree.map(np.float32, expected), atol=2e-5, rtol=2e-3)
+
+
+@pytest.mark.parametrize(('kind', 'config'), CASES)
+def test_extreme_inputs_stay_finite(kind, config):
+    case = case_of(kind, config, compute='bfloat16')
+
+    @jit
+    def f(params, x):
+        y = case.call(params, x, make_info(SEGMENTS))[0]
+        return loss_of(y, SEGMENTS).astype(jnp.float32), y
+
+    for scale in (0.0, 1e4):
+        run = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)
+        (_, y), grads = run(case.params, case.x * scale)
+        chex.assert_tree_all_finite((y, grads))
+        assert y.dtype == jnp.bfloat16
+        assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads[0]))
+
+
+@pytest.mark.parametrize(('kind', 'config'), CASES)
+def test_vmap_remat_and_scan_agree(kind, config):
+    """A seed axis by vmap, a stack of layers by scan, and rematerialisation change nothing."""
+    case = case_of(kind, config)
+    info = make_info(SEGMENTS)
+    two = jax.tree.map(lambda p: jnp.stack([p, 0.9 * p]), case.params)
+    second = jax.tree.map(lambda p: 0.9 * p, case.params)
+
+    def layer(x, params):
+        return case.call(params, x, info)[0]
+
+    def scanned(two, x, remat):
+        body = jax.checkpoint(layer) if remat else layer
+        return jax.lax.scan(lambda x, p: (body(x, p), None), x, two)[0]
+
+    @jit
+    def everything(two, x):
+        plain = jax.value_and_grad(lambda w: loss_of(scanned(w, x, False), SEGMENTS))(two)
+        remat = jax.value_and_grad(lambda w: loss_of(scanned(w, x, True), SEGMENTS))(two)
+        return plain, remat, jax.vmap(layer, (None, 0))(x, two), scanned(two, x, False)
+
+    plain, remat, mapped, stacked = everything(two, case.x)
+    chex.assert_trees_all_close(plain, remat, atol=1e-5, rtol=1e-4)
+    first = case.forward(case.params, case.x, info)
+    other = case.forward(second, case.x, info)
+    chex.assert_trees_all_close(mapped, jnp.stack([first, other]), **TOLERANCE)
+    chex.assert_trees_all_close(stacked, case.forward(second, first, info), **TOLERANCE)
+
+
+class Variants(chex.TestCase):
+    """With and without jit, through chex's variants."""
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.named_parameters(*FAST)
+    def test_jit_changes_nothing(self, kind, config):
+        case = case_of(kind, config)
+        info = make_info(SEGMENTS)
+        f = self.variant(lambda params, x: case.call(params, x, info)[0])
+        expected = case.forward(case.params, case.x, info)
+        chex.assert_trees_all_close(f(case.params, case.x), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(('kind', 'config'), CASES)
+def test_costs_count_the_real_thing(kind, config):
+    case = case_of(kind, config)
+    cost = case.mixer.cost(3, LENGTH)
+    assert cost.params == count(case.params)
+    assert cost.params_used <= cost.params
+    assert cost.model_flops > 0 and cost.activation_bytes > 0
+    for batch, max_len, dtype in ((1, 2, jnp.float32), (3, LENGTH, jnp.bfloat16)):
+        state = jax.eval_shape(functools.partial(case.mixer.init_state, batch, max_len, dtype))
+        assert case.mixer.state_bytes(batch, max_len, dtype) == nbytes(state)
+    assert cost.state_bytes == nbytes(
+        jax.eval_shape(functools.partial(case.mixer.init_state, 3, LENGTH, case.x.dtype))
+    )
+    # Twice the rows cost twice as much; the cost does not look at arrays, which may be stacked.
+    assert case.mixer.cost(6, LENGTH).model_flops == 2 * cost.model_flops
+
+
+@pytest.mark.parametrize(('kind', 'config'), CASES)
+def test_says_what_it_cannot_do(kind, config):
+    case = case_of(kind, config)
+    assert isinstance(case.mixer.causal, bool) and isinstance(case.mixer.supports, frozenset)
+    if 'context' not in case.mixer.supports:
+        with pytest.raises(ValueError, match='context'):
+            case.mixer(case.x, info=make_info(), context=case.x)
+    window = config.get('window') is not None
+    if 'bidirectional' not in case.mixer.supports or window:
+        with pytest.raises(ValueError):
+            case_of(kind, config, causal=False)
+        return
+    both = case_of(kind, config, causal=False)
+    info = make_info(SEGMENTS)
+    y = both.forward(both.params, both.x, info)
+    # The order of a document's tokens is known by positions only: reversing both reverses y.
+    moved = both.forward(both.params, both.x[:, ::-1], jax.tree.map(lambda a: a[:, ::-1], info))
+    real = (SEGMENTS != 0)[..., None]
+    chex.assert_trees_all_close(
+        np.where(real, moved[:, ::-1], 0), np.where(real, y, 0), **TOLERANCE
+    )
+    for call in (
+        lambda: both.mixer.init_state(2, 4, jnp.float32),
+        lambda: both.mixer.step(both.x[:, 0], {}),
+        lambda: both.mixer(both.x, info=make_info(), return_state=True),
+    ):
+        with pytest.raises(ValueError, match='both directions'):
+            call()
