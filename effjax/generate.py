@@ -78,7 +78,7 @@ def load(run: str | pathlib.Path, step: int | None = None) -> Loaded:
     from effjax.training.runtime import Runtime
 
     # One device, whatever the run had; scanned layers compile in the least time.
-    config['mesh'] = {axis: 1 for axis in config['mesh']}
+    config['mesh'] = dict.fromkeys(config['mesh'], 1)
     config['execution'] = {**config['execution'], 'layers': 'scan', 'remat': 'none'}
     runtime = Runtime(config)
     checkpointer = Checkpointer(folder / 'checkpoints')

@@ -17,7 +17,7 @@ from effjax.core.context import Context
 from effjax.core.cost import Cost
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
-from effjax.core.registry import arguments, check_block, lookup, parameters
+from effjax.core.registry import arguments, check_block, lookup
 from effjax.layers.dropout import dropout
 from effjax.layers.ffn import FFNS
 from effjax.layers.mixers import MIXERS
@@ -54,16 +54,17 @@ class BlockSpec:
     block: str = 'sequential'
     path: str = 'config.model'
 
-    def check(self) -> None:
-        """Checks kinds and arguments.
+    def check(self) -> Any:
+        """Checks kinds and arguments; returns the mixer's class.
 
         Raises:
           ConfigError: unknown kind or argument, or a value of the wrong type.
         """
-        check_block(MIXERS, self.mixer, 'mixer', f'{self.path}.mixer')
+        mixer = check_block(MIXERS, self.mixer, 'mixer', f'{self.path}.mixer')
         if self.ffn is not None:
             check_block(FFNS, self.ffn, 'feed-forward part', f'{self.path}.ffn')
         lookup(BLOCKS, self.block, 'block', f'{self.path}.block')
+        return mixer
 
 
 def build(ctx: Context, spec: BlockSpec, *, rngs: nnx.Rngs) -> 'Block':
@@ -94,7 +95,9 @@ def norm_cost(norm: nnx.Module, width: int, rows: int, itemsize: int) -> Cost:
     """Returns a norm's cost: its parameters and the input that the backward pass reads."""
     vectors = len(jax.tree.leaves(nnx.state(norm, nnx.Param)))
     return Cost(
-        params=vectors * width, params_used=vectors * width, activation_bytes=rows * width * itemsize
+        params=vectors * width,
+        params_used=vectors * width,
+        activation_bytes=rows * width * itemsize,
     )
 
 
@@ -115,7 +118,7 @@ class Block(nnx.Module):
 
     def __init__(self, ctx: Context, spec: BlockSpec, *, rngs: nnx.Rngs):
         self.mixer = make_part(MIXERS, spec.mixer, f'{spec.path}.mixer', ctx, rngs=rngs)
-        self.ffn = (
+        self.ffn: Any = (
             make_part(FFNS, spec.ffn, f'{spec.path}.ffn', ctx, rngs=rngs)
             if spec.ffn is not None
             else None
@@ -189,7 +192,9 @@ class Block(nnx.Module):
             out['ffn'] = self.ffn.cost(batch, seq_len)
         for name in self.norms:
             if hasattr(self, name):
-                out['norm'] += norm_cost(getattr(self, name), self.width, batch * seq_len, self.itemsize)
+                out['norm'] += norm_cost(
+                    getattr(self, name), self.width, batch * seq_len, self.itemsize
+                )
         return out
 
     def norm(self, name: str, x: jax.Array) -> jax.Array:
@@ -233,8 +238,8 @@ class Simplified(Block):
 
     The paper's SAS-P block, with its norm. Scalars `a` and `b` are trained, `a` from 1 and `b`
     from 0.1 at the paper's 18 layers, scaled by 1 / sqrt(depth) as its authors advise. The mixer
-    must pass its input on at initialisation, as 'shaped_attention' does. Unlike their code, the first
-    layer has no value projection and the last no output projection.
+    must pass its input on at initialisation, as 'shaped_attention' does. Unlike in their code, the
+    first layer has no value projection and the last no output projection.
     """
 
     norms = ('norm_both',)
@@ -243,7 +248,8 @@ class Simplified(Block):
         if spec.mixer['kind'] != 'shaped_attention' or spec.ffn is None:
             raise ConfigError(
                 f"{spec.path}.block: a 'simplified' block has no skip connection, so that it needs "
-                "mixer dict(kind='shaped_attention', heads=...), which starts as the identity, and an ffn."
+                "mixer dict(kind='shaped_attention', heads=...), which starts as the identity, "
+                'and an ffn.'
             )
         super().__init__(ctx, spec, rngs=rngs)
         dtype = ctx.policy.param_dtype

@@ -123,9 +123,7 @@ class Segment(nnx.Module):
         states = {name: out[name][0] for name in self.names} if return_state else None
         return x, states, {name: out[name][1] for name in self.names}
 
-    def step(
-        self, x_BD: jax.Array, state: Tree, reset: jax.Array | None
-    ) -> tuple[jax.Array, Tree]:
+    def step(self, x_BD: jax.Array, state: Tree, reset: jax.Array | None) -> tuple[jax.Array, Tree]:
         """Advances by one token; see the mixer contract."""
 
         def apply(block: blocks.Block, x: jax.Array, block_state: Tree, layer: jax.Array):
@@ -139,9 +137,7 @@ class Segment(nnx.Module):
 
         def stacked(name: str) -> Tree:
             one = self.slot(name).init_state(batch, max_len, dtype)
-            return jax.tree.map(
-                lambda a: jnp.broadcast_to(a, (self.repeat, *a.shape)), one
-            )
+            return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.repeat, *a.shape)), one)
 
         return {name: stacked(name) for name in self.names}
 
@@ -172,11 +168,9 @@ class Segment(nnx.Module):
 
         if remat != 'none':
             # Inside a loop nothing can be merged across the barrier; unrolled code needs it.
-            period = jax.checkpoint(
-                period, policy=remat_policy(remat), prevent_cse=self.unrolled
-            )
+            period = jax.checkpoint(period, policy=remat_policy(remat), prevent_cse=self.unrolled)
         if state is None:
-            state = {name: None for name in self.names}
+            state = dict.fromkeys(self.names)
         return self._scan(period, x, params, state)
 
     def _scan(self, period: Callable[..., Any], x: jax.Array, params: Tree, state: Tree):
@@ -193,9 +187,7 @@ class Segment(nnx.Module):
             def over_shared(x, inner):
                 return period(x, weights, *inner)
 
-            return jax.lax.scan(
-                over_shared, x, (states, repeat), unroll=share if unroll else 1
-            )
+            return jax.lax.scan(over_shared, x, (states, repeat), unroll=share if unroll else 1)
 
         if share > 1:
             state, index = jax.tree.map(

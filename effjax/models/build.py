@@ -36,7 +36,7 @@ class Built:
       fallbacks: a sentence for each axis that could not be sharded by its rule.
     """
 
-    graphdef: nnx.GraphDef
+    graphdef: Any
     abstract_state: Tree
     shardings: Tree
     meta: Tree
@@ -49,15 +49,14 @@ class Built:
         return iter((self.graphdef, self.abstract_state, self.shardings))
 
 
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, Tree]:
+def split(model: nnx.Module) -> tuple[Any, Tree]:
     """Returns (graphdef, dict(params=, buffers=)) with plain nested dicts of arrays."""
-    graphdef, params, buffers = nnx.split(model, nnx.Param, axes.Buffer)
-    return graphdef, {
-        'params': nnx.to_pure_dict(params), 'buffers': nnx.to_pure_dict(buffers)
-    }  # fmt: skip
+    graphdef, *states = nnx.split(model, nnx.Param, axes.Buffer)
+    params, buffers = map(nnx.to_pure_dict, states)
+    return graphdef, {'params': params, 'buffers': buffers}
 
 
-def merge(graphdef: nnx.GraphDef, state: Mapping[str, Tree]) -> Any:
+def merge(graphdef: Any, state: Mapping[str, Tree]) -> Any:
     """Returns the module with the arrays of `state`, the inverse of `split`."""
     return nnx.merge(graphdef, state['params'], state['buffers'])
 
@@ -81,7 +80,7 @@ def build(config: Mapping[str, Any], *, mesh: jax.sharding.Mesh | None = None) -
         return component(setup, **args, rngs=rngs)
 
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-    _, params, buffers = nnx.split(model, nnx.Param, axes.Buffer)
+    params, buffers = nnx.state(model, nnx.Param), nnx.state(model, axes.Buffer)
     meta = {'params': axes.metadata(params), 'buffers': axes.metadata(buffers)}
     graphdef, abstract = split(model)
     rules = parallel.make_rules(config['sharding'])

@@ -122,7 +122,14 @@ def make_generate(
         cache = dtype or model.compute_dtype
         logits, state = prefill(model, prompt_BT, lengths_B, length + tokens, cache)
         out = jnp.full((batch, tokens), 0 if stop is None else stop, jnp.int32)
-        start = (jnp.int32(0), logits, state, out, jnp.zeros(batch, jnp.int32), jnp.full(batch, True))
+        start = (
+            jnp.int32(0),
+            logits,
+            state,
+            out,
+            jnp.zeros(batch, jnp.int32),
+            jnp.full(batch, True),
+        )
 
         def unfinished(carry):
             return (carry[0] < tokens) & jnp.any(carry[-1])

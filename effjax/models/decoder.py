@@ -18,6 +18,7 @@ from effjax.core.registry import check_block
 from effjax.layers.dropout import dropout as dropout_layer
 from effjax.layers.embeddings import TokenEmbedding
 from effjax.layers.linear import initializer
+from effjax.layers.mixers.cache import last_real
 from effjax.layers.norms import NORMS
 from effjax.layers.positions import POSITIONS, Learned, additive
 from effjax.models import blocks
@@ -88,7 +89,7 @@ class Decoder(nnx.Module):
         check_block(POSITIONS, positions, 'positions', 'config.model.positions')
         check_block(NORMS, norm, 'norm', 'config.model.norm')
         default = {'mixer': mixer, 'ffn': ffn, 'block': block}
-        plan = plan_segments(segments, layers, share, default)
+        plan = plan_segments(segments, layers, share, default, setup.execution.attention)
         ctx = Context(
             width=width,
             policy=setup.policy,
@@ -174,13 +175,12 @@ class Decoder(nnx.Module):
             info = SeqInfo.of(*tokens_BT.shape)
             info = SeqInfo(positions=info.positions + state['position'][:, None])
         hidden, cache, _ = self._forward(tokens_BT, info, state['body'], True)
-        position = info.positions + 1
-        if info.segment_ids is not None:
-            position = jnp.where(info.segment_ids > 0, position, 0)
-            last = jnp.max(jnp.where(position > 0, jnp.arange(position.shape[1]), -1), 1)
-            taken = jnp.take_along_axis(position, jnp.maximum(last, 0)[:, None], 1)[:, 0]
-            return hidden, {'body': cache, 'position': jnp.where(last < 0, state['position'], taken)}
-        return hidden, {'body': cache, 'position': position[:, -1]}
+        if info.segment_ids is None:
+            return hidden, {'body': cache, 'position': info.positions[:, -1] + 1}
+        some, last = last_real(info.segment_ids)
+        position = jnp.take_along_axis(info.positions, last[:, None], 1)[:, 0] + 1
+        position = jnp.where(some, position, state['position'])
+        return hidden, {'body': cache, 'position': position}
 
     def step(
         self, token_B: jax.Array, state: Tree, *, reset: jax.Array | None = None

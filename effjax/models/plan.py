@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from effjax.core.errors import ConfigError
-from effjax.core.registry import suggest
-from effjax.core.registry import suggest
+from effjax.core.registry import parameters, suggest
 from effjax.models.blocks import BlockSpec
 
 _SEGMENT_KEYS = ('pattern', 'repeat', 'share')
@@ -38,6 +37,7 @@ def plan_segments(
     layers: int,
     share: int,
     default: Mapping[str, Any],
+    implementation: str | None = None,
 ) -> tuple[SegmentSpec, ...]:
     """Returns the checked plan of a model's config.
 
@@ -46,6 +46,7 @@ def plan_segments(
       layers: the config's `layers`, 0 where segments say it.
       share: the config's `share`.
       default: `mixer`, `ffn` and `block` of blocks that do not say their own.
+      implementation: of attention, for mixers that have a choice and do not say their own.
 
     Raises:
       ConfigError: an unknown key, kind or argument, or counts that do not fit.
@@ -55,9 +56,10 @@ def plan_segments(
             raise ConfigError(
                 f'config.model.layers must be at least 1 where there are no segments, got {layers}.'
             )
-        plan = (_segment({'pattern': ({},), 'repeat': layers, 'share': share}, default, ''),)
+        block = {'pattern': ({},), 'repeat': layers, 'share': share}
+        plan = [_segment(block, default, '')]
     else:
-        plan = tuple(_segment(s, default, f'.segments.{i}') for i, s in enumerate(segments))
+        plan = [_segment(s, default, f'.segments.{i}') for i, s in enumerate(segments)]
         depth = sum(s.depth for s in plan)
         if layers and layers != depth:
             raise ConfigError(
@@ -69,10 +71,17 @@ def plan_segments(
                 'config.model.share is for models without segments; give '
                 'config.model.segments.0.share instead.'
             )
-    for segment in plan:
-        for spec in segment.pattern:
-            spec.check()
-    return plan
+    return tuple(
+        dataclasses.replace(s, pattern=tuple(_checked(b, implementation) for b in s.pattern))
+        for s in plan
+    )
+
+
+def _checked(spec: BlockSpec, implementation: str | None) -> BlockSpec:
+    mixer = spec.check()
+    if implementation is None or 'implementation' not in parameters(mixer):
+        return spec
+    return dataclasses.replace(spec, mixer={'implementation': implementation, **spec.mixer})
 
 
 def _segment(block: Any, default: Mapping[str, Any], where: str) -> SegmentSpec:

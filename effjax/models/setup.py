@@ -49,6 +49,6 @@ class Setup:
       seq_len: the run's sequence length; a model's longest sequence unless its config says more.
     """
 
-    policy: Policy = Policy()
-    execution: Execution = Execution()
+    policy: Policy = dataclasses.field(default_factory=Policy)
+    execution: Execution = dataclasses.field(default_factory=Execution)
     seq_len: int = 256

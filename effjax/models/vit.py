@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import chex
 import jax
@@ -75,7 +75,8 @@ class ViT(nnx.Module):
     ):
         _check(image_size, channels, classes, patch)
         check_block(NORMS, norm, 'norm', 'config.model.norm')
-        plan = plan_segments((), layers, share, {'mixer': mixer, 'ffn': ffn, 'block': block})
+        default = {'mixer': mixer, 'ffn': ffn, 'block': block}
+        plan = plan_segments((), layers, share, default, setup.execution.attention)
         self.grid = image_size // patch
         self.patch, self.channels, self.classes, self.width = patch, channels, classes, width
         self.cls = pool == 'cls'
@@ -158,7 +159,9 @@ class ViT(nnx.Module):
         embedding = inner * self.width + self.width * (1 + self.length + self.cls)
         head = self.width * self.classes + self.classes
         out = self.body.cost(batch, self.length)
-        out['norm'] = out.get('norm', Cost()) + blocks.norm_cost(self.norm, self.width, batch, itemsize)
+        out['norm'] = out.get('norm', Cost()) + blocks.norm_cost(
+            self.norm, self.width, batch, itemsize
+        )
         return {
             'embedding': Cost(
                 matmul=matmul_flops(batch * self.grid**2, inner, self.width),
@@ -187,6 +190,5 @@ def _check(image_size: int, channels: int, classes: int, patch: int) -> None:
     if patch < 1 or image_size % patch:
         near = math.gcd(image_size, patch) if patch > 0 else 1
         raise ConfigError(
-            f'config.model.patch {patch} does not divide the image size {image_size}; '
-            f'{near} would.'
+            f'config.model.patch {patch} does not divide the image size {image_size}; {near} would.'
         )

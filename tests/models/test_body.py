@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effjax import models
 from effjax.core.cost import total
 from effjax.core.info import SeqInfo
 from effjax.costs import walk
 from effjax.layers.dropout import dropout
-from effjax import models
 
 INFO = SeqInfo.of(2, 16)
 
@@ -70,10 +70,8 @@ def test_parameters_do_not_depend_on_execution(make_decoder):
 
 def test_parameters_are_stacked_over_layers_by_segment_and_slot(make_decoder):
     pattern = ({}, {'ffn': {'kind': 'gelu', 'hidden': 8}})
-    model = make_decoder(
-        layers=0, segments=({'pattern': pattern, 'repeat': 3}, {'pattern': ({},)})
-    )
-    graphdef, state = models.split(model)
+    model = make_decoder(layers=0, segments=({'pattern': pattern, 'repeat': 3}, {'pattern': ({},)}))
+    _, state = models.split(model)
     body = state['params']['body']
     assert sorted(body) == ['segment_0', 'segment_1']
     assert sorted(body['segment_0']) == ['slot_0', 'slot_1']
@@ -129,7 +127,9 @@ def test_sharing_keeps_the_flops_and_cuts_the_parameters(make_decoder):
 def test_dropout_differs_by_layer_and_not_by_execution(make_decoder, forward, tokens):
     # A generator whose masks compile quickly.
     info = dataclasses.replace(INFO, rng=jax.random.key(3, impl='rbg'), train=True)
-    scan, unroll = (make_decoder(run, dropout=0.5, layers=2, ffn=None) for run in ('scan', 'unroll'))
+    scan, unroll = (
+        make_decoder(run, dropout=0.5, layers=2, ffn=None) for run in ('scan', 'unroll')
+    )
     close(forward(scan, tokens, info), forward(unroll, tokens, info))
     assert not np.allclose(forward(scan, tokens, info)[0], forward(scan, tokens, INFO)[0])
     keep = [dropout(jnp.ones((8, 8)), 0.5, info.fold(layer).fold(1)) for layer in range(2)]

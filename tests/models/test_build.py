@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from effjax import models
 from effjax.core import trees
 from effjax.core.axes import Meta
 from effjax.core.config import as_dict, defaults
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
-from effjax import models
 from effjax.models import build, init_params
 
 
@@ -35,7 +35,7 @@ def config(**changes):
 
 def test_unpacks_as_graphdef_state_shardings():
     built = build(config())
-    graphdef, state, shardings = built
+    _, state, shardings = built
     assert jax.tree.structure(state) == jax.tree.structure(shardings)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state))
     metas = jax.tree.leaves(built.meta)
@@ -110,6 +110,16 @@ def test_execution_choices_reach_the_model():
     built = build(config(execution__layers='scan', execution__remat='dots'))
     (segment,) = built.model.body.describe()
     assert (segment['layers'], segment['remat']) == ('scan', 'dots')
+
+
+def test_the_implementation_of_attention_reaches_mixers_that_do_not_name_one():
+    def chosen(**changes):
+        model = build(config(execution__attention='xla', **changes)).model
+        return model.body.segment_0.slot_0.mixer.implementation
+
+    assert chosen() == 'xla'
+    named = {'kind': 'attention', 'heads': 2, 'implementation': 'reference'}
+    assert chosen(model__mixer=named) == 'reference'
 
 
 def test_precision_reaches_the_model():

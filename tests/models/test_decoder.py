@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effjax import models
 from effjax.core.cost import total
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
-from effjax import models
 
 INFO = SeqInfo.of(2, 16)
 POSITIONS = ('rope', 'learned', 'sinusoidal', 'none')
@@ -116,11 +116,17 @@ REFUSED = [
     ({'layers': 0}, r'config\.model\.layers must be at least 1'),
     ({'dropout': 1.5}, r'config\.model\.dropout'),
     ({'soft_cap': -1.0}, r'config\.model\.soft_cap'),
-    ({'max_len': 8}, r'config\.seq_len 16 is longer than the 8 positions of config\.model\.max_len'),
+    (
+        {'max_len': 8},
+        r'config\.seq_len 16 is longer than the 8 positions of config\.model\.max_len',
+    ),
     ({'block': 'paralel'}, r"unknown block 'paralel'.*Did you mean 'parallel'"),
-    ({'mixer': {'kind': 'atention'}}, r"unknown mixer 'atention' at config\.model\.mixer.*attention"),
+    (
+        {'mixer': {'kind': 'atention'}},
+        r"unknown mixer 'atention' at config\.model\.mixer.*attention",
+    ),
     ({'mixer': {'kind': 'attention', 'head': 2}}, r"config\.model\.mixer\.head: .*'heads'"),
-    ({'ffn': {'kind': 'gelu', 'hidden': 'x'}}, r"config\.model\.ffn\.hidden: expected int"),
+    ({'ffn': {'kind': 'gelu', 'hidden': 'x'}}, r'config\.model\.ffn\.hidden: expected int'),
     ({'norm': {'kind': 'batchnorm'}}, r"unknown norm 'batchnorm' at config\.model\.norm"),
     ({'positions': {'kind': 'ropes'}}, r"config\.model\.positions.*'rope'"),
     ({'share': 3}, r'config\.model\.share 3 does not divide the 4'),

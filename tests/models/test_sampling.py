@@ -20,7 +20,10 @@ def test_greedy_takes_the_most_likely():
 
 
 def test_top_k_keeps_k():
-    assert kept(filtered(LOGITS, 2, 1.0)) == [[True, True, False, False], [False, False, True, True]]
+    assert kept(filtered(LOGITS, 2, 1.0)) == [
+        [True, True, False, False],
+        [False, False, True, True],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effjax import models
 from effjax.core import trees
 from effjax.core.config import load
 from effjax.core.cost import total
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 from effjax.costs import walk
-from effjax import models
 
 SHAPES = str(pathlib.Path(__file__).resolve().parents[2] / 'configs' / 'shapes.py')
 GIB = 2**30
@@ -145,5 +145,5 @@ def test_full_attention_counts_equal_the_walk(built):
 
 
 def test_unknown_variant():
-    with pytest.raises(ConfigError, match="no variant 'gpt4'.*Did you mean 'gpt"):
+    with pytest.raises(ConfigError, match=r"no variant 'gpt4'.*Did you mean 'gpt"):
         load(f'{SHAPES}:gpt4')

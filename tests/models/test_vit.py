@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from effjax import models
 from effjax.core import trees
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
-from effjax import models
 from effjax.models.setup import Setup
 from effjax.models.vit import ViT
 
