@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from effjax.core.axes import metadata
 from effjax.core.context import Context
 from effjax.core.info import SeqInfo
 from effjax.core.policy import Policy
@@ -395,3 +397,32 @@ def test_says_what_it_cannot_do(kind, config):
     ):
         with pytest.raises(ValueError, match='both directions'):
             call()
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize(('kind', 'config'), CASES)
+def test_sharded_equals_unsharded(kind, config):
+    """Rows over 'data' and heads over 'tensor': the same outputs and gradients."""
+    case = case_of(kind, config)
+    mesh = jax.make_mesh(
+        (2, 2), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4]
+    )
+    meta = metadata(nnx.state(case.mixer, nnx.Param))
+
+    def put(x, *spec):
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def shard(p, m):
+        over = ('heads', 'kv_heads', 'expert', 'mlp')
+        pairs = zip(m.axes, p.shape, strict=True)
+        return put(p, *('tensor' if a in over and n % 2 == 0 else None for a, n in pairs))
+
+    def loss(params, x, info):
+        return loss_of(case.call(params, x, info)[0], info.segment_ids)
+
+    run = jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    info = make_info(SEGMENTS)
+    expected = run(case.params, case.x, info)
+    rows = jax.tree.map(lambda a: put(a, 'data'), (case.x, info))
+    sharded = run(jax.tree.map(shard, case.params, meta), *rows)
+    chex.assert_trees_all_close(sharded, expected, atol=1e-4, rtol=1e-3)

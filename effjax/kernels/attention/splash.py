@@ -48,7 +48,7 @@ def attend(
     q = q.astype(q_BTHD.dtype)
     scored = pairs(q_len, kv_len, mask=problem.mask, window=problem.window)
     with jax.named_scope(f'pairs={scored}'):  # for `effjax.costs.walk`: its shapes do not tell
-        if problem.segments:
+        if extras.q_segments is not None and extras.kv_segments is not None:
             ids = splash.SegmentIds(q=extras.q_segments, kv=extras.kv_segments)
             o = jax.vmap(kernel)(q, k, v, ids)
         else:
@@ -77,7 +77,7 @@ def _kernel(
     head_mask: Any = splash.FullMask(shape)
     if mask == 'causal' and window is None:
         head_mask = splash.CausalMask(shape)
-    elif mask == 'causal':
+    elif window is not None:
         head_mask = splash.LocalMask(shape, (window - 1, 0), 0)
     rows, columns = _block(q_len, 512), _block(kv_len, 1024)
     inner = min(columns, 512)

@@ -13,6 +13,7 @@ Dimensions: G key-value heads, R query heads that share one, C tokens of a block
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,8 @@ def attend(
     """Returns attention's output [B, T, H, D] in the dtype of q."""
     batch, q_len, _, heads, kv_heads, head_dim = problem.shape
     q_BTGRD = q_BTHD.reshape(batch, q_len, kv_heads, heads // kv_heads, head_dim)
-    run = {'dense': _dense, 'band': _band, 'blocks': _blocks}[form(problem)]
+    forms: dict[str, Any] = {'dense': _dense, 'band': _band, 'blocks': _blocks}
+    run = forms[form(problem)]
     o_BTHD = run(problem, extras, q_BTGRD, k_BSGD, v_BSGD).reshape(q_BTHD.shape)
     if extras.q_segments is not None:
         o_BTHD = jnp.where((extras.q_segments != 0)[:, :, None, None], o_BTHD, 0)
@@ -82,6 +84,7 @@ def _attend_scored(
         s = jnp.where(mask, s, _masked(s.dtype))
     p = jax.nn.softmax(s, axis=-1)
     if problem.dropout:
+        assert rng is not None
         keep = jax.random.bernoulli(rng, 1 - problem.dropout, p.shape)
         p = jnp.where(keep, p / (1 - problem.dropout), 0)
     o = jnp.einsum('...grts,...sgd->...tgrd', p.astype(v.dtype), v)

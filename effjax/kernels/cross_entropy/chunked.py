@@ -38,8 +38,8 @@ def loss(
         return None, (nll, lse, right)
 
     rows = _split((x_ND, targets_N, weights_N), chunks)
-    _, statistics = _loop(one, None, rows, chunks)
-    sums, _ = _sums(*statistics, rows[2], z_loss)
+    _, (nll, lse, right) = _loop(one, None, rows, chunks)
+    sums, _ = _sums(nll, lse, right, rows[2], z_loss)
     return sums
 
 

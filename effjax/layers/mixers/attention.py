@@ -80,8 +80,8 @@ class Attention(nnx.Module):
     def _make_projections(self, ctx: Context, rngs: nnx.Rngs) -> None:
         self.query = self._inward(ctx, 'heads', rngs)
         self.key = self._inward(ctx, 'kv_heads', rngs)
-        self.value = self._inward(ctx, 'kv_heads', rngs)
-        self.out = self._outward(ctx, rngs)
+        self.value: Any = self._inward(ctx, 'kv_heads', rngs)
+        self.out: Any = self._outward(ctx, rngs)
 
     def _inward(self, ctx: Context, axis: str, rngs: nnx.Rngs, init: Any = None) -> Projection:
         """A projection [embed, `axis`, head_dim]."""

@@ -47,9 +47,10 @@ class ShapedAttention(Attention):
         super().__init__(
             ctx, heads=heads, qk_norm=qk_norm, implementation=implementation, rngs=rngs
         )
-        for name in ('alpha', 'beta', 'gamma'):
-            value = jnp.ones(heads, ctx.policy.param_dtype)
-            setattr(self, name, param(value, ('heads',), no_decay=True))
+        one = jnp.ones(heads, ctx.policy.param_dtype)
+        self.alpha = param(one, ('heads',), no_decay=True)
+        self.beta = param(one, ('heads',), no_decay=True)
+        self.gamma = param(one, ('heads',), no_decay=True)
 
     def _make_projections(self, ctx: Context, rngs: nnx.Rngs) -> None:
         self.query = self._inward(ctx, 'heads', rngs, zeros)
