@@ -1,5 +1,6 @@
 """The decoder language model: an embedding, a causal body, and a head over the vocabulary."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,7 @@ from effjax.core.info import SeqInfo
 from effjax.core.registry import check_block
 from effjax.layers.dropout import dropout as dropout_layer
 from effjax.layers.embeddings import TokenEmbedding
-from effjax.layers.linear import initializer
+from effjax.layers.linear import Projection, initializer
 from effjax.layers.mixers.cache import last_real
 from effjax.layers.norms import NORMS
 from effjax.layers.positions import POSITIONS, Learned, additive
@@ -54,6 +55,8 @@ class Decoder(nnx.Module):
         takes what it does not say from the arguments above. Empty: one block, `layers` times.
       final_norm: a norm before the head.
       max_len: longest sequence; 0 takes the run's.
+      embed_width: width E of the embedding and the head, with a product [E, D] behind the one and
+        [D, E] before the other (ALBERT, arXiv 1909.11942); 0 is D, without products.
       embed_scale: factor on the token embedding; 0 is sqrt(width) (arXiv 1706.03762).
       init: initialiser scheme, see `core.context`.
 
@@ -81,11 +84,13 @@ class Decoder(nnx.Module):
         segments: Sequence = (),
         final_norm: bool = True,
         max_len: int = 0,
+        embed_width: int = 0,
         embed_scale: float = 1.0,
         init: str = 'gpt2',
         rngs: nnx.Rngs,
     ):
-        _check(vocab_size, width, dropout, soft_cap, max_len, setup.seq_len)
+        _check(vocab_size, width, embed_width, dropout, soft_cap)
+        _check_lengths(max_len, setup.seq_len)
         check_block(POSITIONS, positions, 'positions', 'config.model.positions')
         check_block(NORMS, norm, 'norm', 'config.model.norm')
         default = {'mixer': mixer, 'ffn': ffn, 'block': block}
@@ -106,9 +111,13 @@ class Decoder(nnx.Module):
         self.tied, self.soft_cap, self.rate = tied, soft_cap, float(dropout)
         self.embed_scale = float(embed_scale or width**0.5)
         self.policy = setup.policy
-        self.embedding = TokenEmbedding(ctx, vocab_size, rngs=rngs)
+        self.embed_width = embed_width or width
+        narrow = dataclasses.replace(ctx, width=self.embed_width)
+        self.embedding = TokenEmbedding(narrow, vocab_size, rngs=rngs)
+        self.embed_in = _product(ctx, embed_width, width, (None, 'embed'), rngs)
         self.positions = additive(ctx, rngs=rngs)
-        self.head = None if tied else _make_head(ctx, vocab_size, rngs)
+        self.embed_out = _product(ctx, width, embed_width, ('embed', None), rngs)
+        self.head = None if tied else _make_head(narrow, vocab_size, rngs)
         self.body = bodies.Body(ctx, setup.execution, plan, rngs=rngs)
         self.norm = (
             blocks.make_part(NORMS, norm, 'config.model.norm', ctx, rngs=rngs)
@@ -126,6 +135,8 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
         """Returns (hidden [B, T, D] before the head's product, aux: name -> (sum, weight)).
 
+        With `embed_width` E, hidden is [B, T, E].
+
         Args:
           tokens_BT: int32.
           info: positions and documents of the batch.
@@ -137,7 +148,7 @@ class Decoder(nnx.Module):
         return hidden, bodies.metrics(aux)
 
     def head_weight(self) -> jax.Array:
-        """Returns the head's weight [D, V] in the compute dtype."""
+        """Returns the head's weight [D, V] ([E, V] with `embed_width`) in the compute dtype."""
         if self.head is None:
             return self.embedding.head_weight()
         return self.policy.cast(self.head[...])
@@ -203,25 +214,29 @@ class Decoder(nnx.Module):
     def cost(self, batch: int, seq_len: int) -> dict[str, Cost]:
         """Returns the cost by part: 'embedding', each mixer's kind, 'ffn', 'norm', 'head'."""
         tokens, itemsize = batch * seq_len, self.compute_dtype.itemsize
-        table = self.vocab_size * self.width
+        table = self.vocab_size * self.embed_width
+        product = 0 if self.embed_in is None else self.width * self.embed_width
         positions = self.max_len * self.width if isinstance(self.positions, Learned) else 0
-        used = self.width * (2 if positions else 1)  # a look-up reads one row of each table
+        # A look-up reads one row of each table.
+        used = self.embed_width + product + (self.width if positions else 0)
         out = self.body.cost(batch, seq_len)
         if self.norm is not None:
             out['norm'] += blocks.norm_cost(self.norm, self.width, tokens, itemsize)
         return {
             'embedding': Cost(
-                params=table + positions,
+                matmul=2.0 * tokens * product,
+                params=table + product + positions,
                 params_used=used,
                 activation_bytes=tokens * self.width * itemsize,
                 state_bytes=4 * batch,
             ),
             **out,
             'head': Cost(
-                matmul=matmul_flops(tokens, self.width, self.vocab_size),
-                params=0 if self.tied else table,
-                params_used=table,
-                activation_bytes=tokens * self.width * itemsize,
+                matmul=matmul_flops(tokens, self.embed_width, self.vocab_size)
+                + 2.0 * tokens * product,
+                params=product + (0 if self.tied else table),
+                params_used=table + product,
+                activation_bytes=tokens * self.embed_width * itemsize,
             ),
         }
 
@@ -232,6 +247,8 @@ class Decoder(nnx.Module):
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         with jax.named_scope('embedding'):
             x = self.embedding(tokens)
+            if self.embed_in is not None:
+                x = self.embed_in(x)
             if self.embed_scale != 1.0:
                 x = x * self.embed_scale
             return x if self.positions is None else x + self.positions(positions)
@@ -247,7 +264,9 @@ class Decoder(nnx.Module):
 
     def _final(self, x: jax.Array) -> jax.Array:
         with jax.named_scope('norm'):
-            return x if self.norm is None else self.norm(x)
+            x = x if self.norm is None else self.norm(x)
+        with jax.named_scope('head'):
+            return x if self.embed_out is None else self.embed_out(x)
 
     def _check_length(self, length: int) -> None:
         if length > self.max_len:
@@ -263,16 +282,31 @@ def _make_head(ctx: Context, vocab_size: int, rngs: nnx.Rngs) -> nnx.Param:
     return param(init(rngs.params(), shape, ctx.policy.param_dtype), ('embed', 'vocab'))
 
 
+def _product(
+    ctx: Context, inner: int, outer: int, axes: tuple[Any, ...], rngs: nnx.Rngs
+) -> Projection | None:
+    """A product between the width and a narrower embedding; None where there is none."""
+    if not inner or not outer:
+        return None
+    init = initializer(ctx, inner)
+    return Projection(ctx, '...a,ab->...b', (inner, outer), axes, bias=False, init=init, rngs=rngs)
+
+
 def _check(
-    vocab_size: int, width: int, dropout: float, soft_cap: float | None, max_len: int, seq_len: int
+    vocab_size: int, width: int, embed_width: int, dropout: float, soft_cap: float | None
 ) -> None:
     for key, value in (('vocab_size', vocab_size), ('width', width)):
         if value < 1:
             raise ConfigError(f'config.model.{key} must be at least 1, got {value}.')
+    if embed_width < 0:
+        raise ConfigError(f'config.model.embed_width must not be negative, got {embed_width}.')
     if not 0 <= dropout < 1:
         raise ConfigError(f'config.model.dropout must be at least 0 and below 1, got {dropout}.')
     if soft_cap is not None and soft_cap <= 0:
         raise ConfigError(f'config.model.soft_cap must be positive or None, got {soft_cap}.')
+
+
+def _check_lengths(max_len: int, seq_len: int) -> None:
     if max_len and max_len < seq_len:
         raise ConfigError(
             f'config.seq_len {seq_len} is longer than the {max_len} positions of '

@@ -16,7 +16,7 @@ from effjax.models.decode import Sampling, make_generate, prefill
 ATTENTION = {'kind': 'attention', 'heads': 4}
 KINDS = {
     'mha': {'mixer': ATTENTION, 'positions': {'kind': 'learned'}},
-    'mqa_parallel': {'mixer': {**ATTENTION, 'kv_heads': 1}, 'block': 'parallel'},
+    'mqa_parallel': {'mixer': {**ATTENTION, 'kv_heads': 1}, 'block': 'parallel', 'embed_width': 8},
     'window': {'mixer': {**ATTENTION, 'kv_heads': 2, 'window': 5}},
     'segments': {
         'layers': 0,

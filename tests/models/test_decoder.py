@@ -92,6 +92,8 @@ def test_a_step_compiles_once(make_decoder, tokens):
         {'block': 'postnorm', 'final_norm': False, 'share': 2},
         {'block': 'simplified', 'mixer': {'kind': 'shaped_attention', 'heads': 2}},
         {'ffn': None},
+        {'embed_width': 8, 'share': 4},
+        {'embed_width': 8, 'tied': False},
     ],
 )
 def test_cost_counts_every_parameter(make_decoder, config):
@@ -174,3 +176,49 @@ def test_packed_documents_equal_separate_ones(make_decoder, forward, tokens):
     together = forward(model, tokens[:1], packed)[0]
     apart = forward(model, tokens[:1].reshape(2, 8), SeqInfo.of(2, 8))[0]
     np.testing.assert_allclose(together.reshape(2, 8, 16), apart, atol=1e-5)
+
+
+def plain_gpt2(params, tokens, heads):
+    """GPT-2 written down a second time, in float64 numpy: logits [T, V] of one row."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+
+    def norm(x, w):
+        centred = x - x.mean(-1, keepdims=True)
+        return (
+            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w['scale'] + w['bias']
+        )
+
+    def dense(x, w):
+        inner = w['kernel'].reshape(x.shape[-1], -1)
+        return x @ inner + w['bias'].reshape(-1)
+
+    x = p['embedding']['table'][tokens] + p['positions']['table'][: len(tokens)]
+    length, width = x.shape
+    stacked = p['body']['segment_0']['slot_0']
+    for layer in range(stacked['norm_ffn']['scale'].shape[0]):
+        w = jax.tree.map(lambda a, i=layer: a[i], stacked)
+        h, mixer = norm(x, w['norm_mixer']), w['mixer']
+        q, k, v = (
+            dense(h, mixer[name]).reshape(length, heads, -1) for name in ('query', 'key', 'value')
+        )
+        scores = np.einsum('thd,shd->hts', q, k) / np.sqrt(width / heads)
+        scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        read = np.einsum('hts,shd->thd', weights, v).reshape(length, width)
+        x = x + dense(read, mixer['out'])
+        up = dense(norm(x, w['norm_ffn']), w['ffn']['up'])
+        gelu = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+        x = x + dense(gelu, w['ffn']['down'])
+    return norm(x, p['norm']) @ p['embedding']['table'].T
+
+
+def test_equals_gpt2_written_down_a_second_time(make_decoder, forward, tokens):
+    model = make_decoder(
+        layers=3, bias=True, norm={'kind': 'layernorm'}, positions={'kind': 'learned'}
+    )
+    params = models.split(model)[1]['params']
+    found = forward(model, tokens, INFO)[1]
+    expected = [plain_gpt2(params, np.asarray(row), heads=2) for row in tokens]
+    # float32 against float64 on logits of order 10.
+    np.testing.assert_allclose(found, expected, atol=1e-4)
