@@ -28,7 +28,7 @@ def get_config():
         kind='decoder',
         width=384,
         layers=6,
-        mixer=dict(kind='attention', heads=6),
+        mixer=dict(kind='attention', heads=6, attention_dropout=0.2),
         ffn=dict(kind='gelu'),
         norm=dict(kind='layernorm'),
         positions=dict(kind='learned'),

@@ -79,6 +79,8 @@ def defaults() -> ConfigDict:
     config.execution.remat = 'none'  # 'none', 'dots', 'full'
     config.execution.attention = None  # implementation of attention; None picks the best
     config.execution.loss_chunks = 0  # pieces of the head's product; 0 picks by vocabulary
+    # XLA's compiler options for the train step, over the device's defaults in training.compiled.
+    config.execution.compiler_options = ConfigDict()
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 0  # 0: only at the end and on a signal
@@ -107,7 +109,7 @@ def defaults() -> ConfigDict:
 
 # Keys whose content belongs to a registry or is free: only their being mappings is checked here.
 BLOCKS = ('data', 'task', 'model', 'optimizer', 'schedule', 'precision')
-_FREE = frozenset({*BLOCKS, 'evals', 'sharding'})
+_FREE = frozenset({*BLOCKS, 'evals', 'sharding', 'execution.compiler_options'})
 STAGE_KEYS = (
     'name', 'steps', 'share', 'batch_size', 'seq_len', 'accumulate', 'data', 'schedule',
     'optimizer', 'clip_norm', 'lr_scales', 'decay_scales',
@@ -299,7 +301,7 @@ def _check_like(config: Mapping[str, Any], model: Mapping[str, Any], path: str) 
         where = f'{path}.{key}' if path else str(key)
         if key not in model:
             raise ConfigError(f'unknown key config.{where}.' + suggest(key, model))
-        if key in _FREE and not path:
+        if where in _FREE:
             continue
         value, like = config[key], model[key]
         if isinstance(like, Mapping):
@@ -345,7 +347,7 @@ def _one_of(config: Mapping[str, Any], name: str, choices: Iterable[str]) -> Non
 
 
 def _is_free(keys: Sequence[str]) -> bool:
-    return bool(keys) and keys[0] in _FREE - set(BLOCKS)
+    return bool({keys[0], '.'.join(keys)} & (_FREE - set(BLOCKS))) if keys else False
 
 
 def _child(node: Any, key: str, name: str) -> Any:

@@ -32,7 +32,11 @@ def summary(trainer: Any) -> dict[str, Any]:
         'memory': {**meters.memory(jax.local_devices()), **trainer.memory},
         'mfu': _mfu(trainer),
         'data': runtime.dataset.info.description,
-        'execution': {'body': runtime.built.model.body.describe(), 'kernels': choices()},
+        'execution': {
+            'body': runtime.built.model.body.describe(),
+            'kernels': choices(),
+            'compiler_options': trainer.compiler_options,
+        },
         'environment': setup.environment(),
         'warnings': trainer.warnings,
     }

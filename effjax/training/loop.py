@@ -71,6 +71,7 @@ class Trainer:
         self.speed = _Speed()
         self.results: dict[str, dict[str, float]] = {}
         self.memory: dict[str, Any] = {}
+        self.compiler_options: dict[str, Any] = {}
         self.warnings: list[str] = []
         self.stopped_by: str | None = None
         self._agreement = Agreement()
@@ -118,6 +119,7 @@ class Trainer:
             with self.clock('compile'):
                 compiled = self.runtime.compile(stage, first[0])
             self.memory = {'compiled': compiled.memory}
+            self.compiler_options = compiled.options
             self.speed.start(self.ledger.steps, self._seconds())
             with self.clock('train'):
                 self._steps(stage, compiled, itertools.chain([first], loader))
@@ -171,7 +173,7 @@ class Trainer:
 
     def _record(self, flight: _InFlight, compiled: CompiledStep, stage: Stage) -> None:
         """Waits for a step's metrics; the row before it is then complete and is written."""
-        values = dict(zip(compiled.names, np.asarray(flight.vector).tolist(), strict=True))
+        values = dict(zip(compiled.names, self._fetch(flight).tolist(), strict=True))
         self._write_row()
         self.row = {**flight.row, **values, 'seconds': self._seconds()}
         self.row.pop('weight')
@@ -183,6 +185,10 @@ class Trainer:
             self.ledger.add_skipped()
             if self.runtime.precision.loss_scale is None:
                 self._not_finite(flight, values, stage)
+
+    def _fetch(self, flight: _InFlight) -> np.ndarray:
+        """Waits for a step to end: the only place of the loop where the host waits for a device."""
+        return np.asarray(flight.vector)
 
     def _drain(
         self, flying: collections.deque[_InFlight], compiled: CompiledStep, stage: Stage

@@ -181,6 +181,7 @@ class Runtime:
             parts=self.costs(stage),
             units=self.task.units(config['batch_size'], config['seq_len']),
             optimizer_flops=self.optimizer(stage).flops(self.abstract['params']),
+            options=config['execution']['compiler_options'],
         )
 
     def eval_cost(self, evaluation: evaluate.Evaluation) -> StepCost:

@@ -80,6 +80,7 @@ def compiled_step(shape: Shape, *overrides: str):
         parts=built.model.cost(shape.batch, shape.length),
         units=(shape.batch, shape.tokens),
         optimizer_flops=optimizer.flops(abstract['params']),
+        options=config['execution']['compiler_options'],
     )
     return compiled, state, batches, trees.count(abstract['params'])
 

@@ -132,11 +132,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--shape', choices=SHAPES, default='374m')
     parser.add_argument('--steps', type=int, default=10)
+    parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--attention', choices=('causal', 'stock'), default='causal')
     parser.add_argument('--smoke', action='store_true', help='a tiny shape, for a CPU')
     args = parser.parse_args()
     shape = SHAPES['smoke' if args.smoke else args.shape]
-    result = bench(shape, args.steps, attention=args.attention)
+    result = bench(shape, args.steps, args.rounds, attention=args.attention)
     print(json.dumps({'program': f'hf_{args.attention}', 'shape': args.shape, **result}))
 
 

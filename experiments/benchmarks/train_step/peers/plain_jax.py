@@ -137,10 +137,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--shape', choices=SHAPES, default='374m')
     parser.add_argument('--steps', type=int, default=10)
+    parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--smoke', action='store_true', help='a tiny shape, for a CPU')
     args = parser.parse_args()
     shape = SHAPES['smoke' if args.smoke else args.shape]
-    print(json.dumps({'program': 'plain_jax', 'shape': args.shape, **bench(shape, args.steps)}))
+    print(json.dumps({'program': 'plain_jax', 'shape': args.shape, **bench(shape, args.steps, args.rounds)}))
 
 
 if __name__ == '__main__':
