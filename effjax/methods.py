@@ -11,6 +11,7 @@ import pathlib
 import sys
 import tomllib
 from collections.abc import Sequence
+from typing import Any
 
 from effjax.core.command import run_command
 from effjax.core.errors import ConfigError
@@ -56,7 +57,7 @@ def load() -> dict[str, Method]:
         if set(row) != names:
             wrong = ', '.join(sorted(names ^ set(row)))
             raise ConfigError(f'{FILE.name}: row {key!r} lacks or does not know: {wrong}.')
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
         out[key] = Method(id=key, **values)
     return out
 

@@ -63,11 +63,11 @@ def metadata(state: nnx.State) -> dict[str, Any]:
     """Returns, as a nested dict like the parameters, each leaf's metadata as a `Meta`."""
     out: dict[str, Any] = {}
     for path, variable in nnx.to_flat_state(state):
-        node = out
-        for key in path[:-1]:
+        node, names = out, [str(key) for key in path]
+        for key in names[:-1]:
             node = node.setdefault(key, {})
         meta = variable.get_metadata()
-        node[path[-1]] = Meta(
+        node[names[-1]] = Meta(
             axes=tuple(meta['axes']),
             no_decay=bool(meta.get('no_decay', False)),
             keep_fp32=bool(meta.get('keep_fp32', False)),

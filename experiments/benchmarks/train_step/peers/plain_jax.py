@@ -141,7 +141,11 @@ def main() -> None:
     parser.add_argument('--smoke', action='store_true', help='a tiny shape, for a CPU')
     args = parser.parse_args()
     shape = SHAPES['smoke' if args.smoke else args.shape]
-    print(json.dumps({'program': 'plain_jax', 'shape': args.shape, **bench(shape, args.steps, args.rounds)}))
+    print(
+        json.dumps(
+            {'program': 'plain_jax', 'shape': args.shape, **bench(shape, args.steps, args.rounds)}
+        )
+    )
 
 
 if __name__ == '__main__':
