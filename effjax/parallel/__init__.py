@@ -17,9 +17,11 @@ from effjax.parallel.arrays import (
 )
 from effjax.parallel.distributed import broadcast, initialize, is_primary
 from effjax.parallel.mesh import make_mesh
+from effjax.parallel.over import auto_axes, over
 from effjax.parallel.rules import (
     DEFAULT_RULES,
     constrain,
+    current_rules,
     make_rules,
     mesh_context,
     resolve,
@@ -28,16 +30,19 @@ from effjax.parallel.rules import (
 
 __all__ = [
     'DEFAULT_RULES',
+    'auto_axes',
     'batch_sharding',
     'broadcast',
     'check_batch',
     'constrain',
+    'current_rules',
     'init_sharded',
     'initialize',
     'is_primary',
     'make_mesh',
     'make_rules',
     'mesh_context',
+    'over',
     'process_rows',
     'put_batch',
     'replicated',

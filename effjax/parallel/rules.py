@@ -182,6 +182,11 @@ def mesh_context(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[Mesh]:
         _rules.reset(token)
 
 
+def current_rules() -> Rules:
+    """Returns the rules of the innermost `mesh_context`, the default ones outside of any."""
+    return _rules.get()
+
+
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Shards an activation by the logical names of its dimensions, where a mesh is set.
 

@@ -1,5 +1,6 @@
 """Softmax attention: multi-head, grouped and multi-query, with a window or without."""
 
+import math
 from typing import Any
 
 import chex
@@ -13,10 +14,12 @@ from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 from effjax.kernels import attention
 from effjax.kernels.attention.cost import attention_flops, pairs
+from effjax.kernels.choice import platform
 from effjax.layers.linear import Projection, initializer
 from effjax.layers.mixers import cache as kv
 from effjax.layers.norms import RMSNorm
 from effjax.layers.positions import rotary
+from effjax.parallel import auto_axes, current_rules, over
 
 State = dict[str, jax.Array]
 
@@ -212,18 +215,45 @@ class Attention(nnx.Module):
 
     def _parallel(self, q: jax.Array, k: jax.Array, v: jax.Array, info: SeqInfo) -> jax.Array:
         dropout = self.attention_dropout if info.train else 0.0
-        return attention(
-            q,
-            k,
-            v,
-            mask='causal' if self.causal else 'full',
-            window=self.window,
-            segment_ids=info.segment_ids,
-            soft_cap=self.soft_cap,
-            dropout=dropout,
-            rng=info.rng if dropout else None,
-            implementation=self.implementation,
-        )
+        mesh, implementation = auto_axes(), self.implementation
+        if 'sequence' in mesh and implementation is None:
+            implementation = 'xla'  # the only one that XLA can partition along the sequence
+
+        def kernel(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
+            return attention(
+                q,
+                k,
+                v,
+                mask='causal' if self.causal else 'full',
+                window=self.window,
+                segment_ids=ids,
+                soft_cap=self.soft_cap,
+                dropout=dropout,
+                rng=info.rng if dropout else None,
+                implementation=implementation,
+            )
+
+        if not mesh or 'sequence' in mesh or platform() == 'cpu':
+            return kernel(q, k, v, info.segment_ids)
+        # Kernels of accelerators are opaque to the partitioner: each device gets its rows and
+        # heads.
+        heads, kv_heads = self._sharded_heads(mesh)
+        q_axes, kv_axes = ('batch', None, heads, None), ('batch', None, kv_heads, None)
+        in_axes = (q_axes, kv_axes, kv_axes, ('batch', None))
+        return over(kernel, in_axes, q_axes)(q, k, v, info.segment_ids)
+
+    def _sharded_heads(self, mesh: dict[str, int]) -> tuple[str | None, str | None]:
+        """Names of the head dimensions of queries and of keys, None where they stay whole.
+
+        One key-value head may serve the queries of every device; several must be divided just as
+        the queries are, or a device would pair its queries with the wrong ones.
+        """
+        rules = current_rules()
+        ways = math.prod(mesh.get(axis, 1) for axis in rules['heads'])
+        if self.kv_heads == 1:
+            return 'heads', None
+        divides = self.kv_heads % ways == 0 and rules['heads'] == rules['kv_heads']
+        return ('heads', 'kv_heads') if divides else (None, None)
 
     def _first_state(self, k: jax.Array, v: jax.Array, info: SeqInfo) -> State:
         state = self.init_state(k.shape[0], self.max_len, k.dtype)
