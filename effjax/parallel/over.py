@@ -44,6 +44,9 @@ def over(
         if not sizes:
             return op(*args)
         mesh, rules = jax.sharding.get_abstract_mesh(), current_rules()
+        # Axes of size 1 too: a Pallas kernel lowers only where every axis of the mesh is manual.
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        every = {axis for axis, kind in kinds if kind == AxisType.Auto}
         free = {n: tuple(a for a in found if a in sizes) for n, found in rules.items()}
         specs: list[PartitionSpec | None] = []
         found: dict[str | None, Any] = {}
@@ -61,7 +64,7 @@ def over(
             op,
             in_specs=tuple(specs),
             out_specs=out,
-            axis_names=set(sizes),
+            axis_names=every,
             check_vma=False,
         )(*args)
 

@@ -66,3 +66,22 @@ def test_attention_of_an_accelerator_over_rows_and_heads(heads, kv_heads):
     with target('gpu'), parallel.mesh_context(parallel.make_mesh({'data': 4, 'tensor': 2})):
         assert 'shard_map' in str(jax.make_jaxpr(f)(params, x))
         chex.assert_trees_all_close(run(params, x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.mesh
+def test_splash_attention_lowers_for_a_mesh_of_tpus():
+    """Without `over`, a Pallas kernel refuses to be partitioned."""
+    policy = Policy(compute='bfloat16')
+    context = Context(width=512, policy=policy, positions={'kind': 'rope'}, max_len=256)
+    graphdef, params = nnx.split(Attention(context, heads=4, kv_heads=2, rngs=nnx.Rngs(0)))
+    x = jnp.zeros((4, 256, 512), jnp.bfloat16)
+    info = SeqInfo.of(4, 256, segment_ids=jnp.ones((4, 256), jnp.int32))
+
+    def f(params, x):
+        return jnp.sum(nnx.merge(graphdef, params)(x, info=info)[0].astype(jnp.float32))
+
+    with target('tpu'), parallel.mesh_context(parallel.make_mesh({'data': 4, 'tensor': 2})):
+        traced = jax.jit(jax.grad(f)).trace(params, x)
+        text = traced.lower(lowering_platforms=('tpu',)).as_text()
+    assert text.count('tpu_custom_call') >= 2
+    assert 'tensor<2x256x128xbf16>' in text  # a device's two heads
