@@ -75,7 +75,7 @@ def defaults() -> ConfigDict:
 
     # How the body runs, never what it computes.
     config.execution = ConfigDict()
-    config.execution.layers = 'auto'  # 'scan', 'unroll', or 'auto' by depth and device
+    config.execution.layers = 'auto'  # 'scan', 'unroll', or 'auto': by depth
     config.execution.remat = 'none'  # 'none', 'dots', 'full'
     config.execution.attention = None  # implementation of attention; None picks the best
     config.execution.loss_chunks = 0  # pieces of the head's product; 0 picks by vocabulary

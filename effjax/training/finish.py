@@ -4,18 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from effjax.core.errors import ConfigError
 from effjax.costs import meters, mfu
 from effjax.data.dataset import build_source
 from effjax.data.gzip_baseline import gzip_baseline
 from effjax.kernels import choices
-from effjax.models.decode import Sampling, make_generate
+from effjax.models.decode import Sampling, complete
 from effjax.training import setup
-
-_SAMPLE_CONTEXT = 64  # most prompt tokens a sample is given
 
 
 def summary(trainer: Any) -> dict[str, Any]:
@@ -65,35 +61,22 @@ def gzip_bits(block: Mapping[str, Any]) -> float:
 
 
 def sample(runtime: Any, state: Mapping[str, Any]) -> str:
-    """Generates `config.finish.sample_tokens` tokens after the prompt, at temperature 0.8.
+    """Returns `config.finish.sample_prompt` and its continuation, at temperature 0.8.
 
-    An empty prompt is a new document's beginning.
+    An empty prompt begins a document.
     """
     options = runtime.config['finish']
-    tokenizer = runtime.dataset.info.tokenizer
-    prompt = np.asarray(tokenizer.encode_batch([options['sample_prompt']])[0], np.int32)
-    if tokenizer.bos_id is not None:
-        prompt = np.concatenate([np.asarray([tokenizer.bos_id], np.int32), prompt])
-    if not prompt.size:
-        prompt = np.zeros(1, np.int32)
-    prompt = prompt[-_SAMPLE_CONTEXT:]
-    room = runtime.built.model.max_len - prompt.size
-    generate = make_generate(
+    new = complete(
         runtime.built.graphdef,
-        tokens=max(1, min(options['sample_tokens'], room)),
+        {'params': runtime.eval_params(state), 'buffers': state['buffers']},
+        runtime.dataset.info.tokenizer,
+        options['sample_prompt'],
+        max_len=runtime.built.model.max_len,
+        tokens=options['sample_tokens'],
         sampling=Sampling(temperature=0.8, top_p=0.95),
-        stop=tokenizer.bos_id,
+        seed=runtime.config['seed'],
     )
-    tokens, counts = generate(
-        runtime.eval_params(state),
-        state['buffers'],
-        jnp.asarray(prompt[None]),
-        jnp.asarray([prompt.size], jnp.int32),
-        jax.random.key(runtime.config['seed']),
-    )
-    ids = np.asarray(tokens)[0, : int(counts[0])]
-    ids = ids[ids != tokenizer.bos_id] if tokenizer.bos_id is not None else ids
-    return options['sample_prompt'] + tokenizer.decode(ids.tolist())
+    return options['sample_prompt'] + new
 
 
 def lines(out: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,103 @@
+"""Every row of `effjax.methods` names real tests and a card, builds, and trains two steps."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from effjax import methods, models, train
+from effjax.core import config as config_lib
+from effjax.core.errors import ConfigError
+
+METHODS = methods.load()
+# Values that make any decoder or vision transformer small, wherever the key stands.
+TINY = {
+    'width': 32, 'layers': 2, 'heads': 2, 'head_dim': 16, 'hidden': 48, 'repeat': 1, 'window': 8,
+    'max_len': 32, 'vocab_size': 0, 'image_size': 8, 'patch': 2, 'channels': 1, 'classes': 10,
+}  # fmt: skip
+
+
+def load(method: methods.Method, repository: pathlib.Path):
+    return config_lib.load(str(repository / method.base), method.config)
+
+
+def shrink(value, key=''):
+    """Returns a model block with every size small; None and zero stay what they mean."""
+    if isinstance(value, dict):
+        return {k: shrink(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [shrink(v) for v in value]
+    return TINY[key] if key in TINY and value else value
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_row_is_backed(name, repository):
+    method = METHODS[name]
+    assert method.tests and method.verdict and method.title
+    for path in (*method.tests, *method.studies):
+        assert (repository / path).exists(), f'{name} names {path}, which is not there'
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_rows_config_builds(name, repository):
+    config = config_lib.as_dict(load(METHODS[name], repository))
+    if not config['model'].get('vocab_size') and config['model']['kind'] == 'decoder':
+        config['model']['vocab_size'] = 512
+    if config['model']['kind'] == 'vit':
+        config['model'] = {'image_size': 8, 'channels': 1, 'classes': 10, **config['model']}
+    built = models.build(config)
+    costs = built.model.cost(1, config['seq_len'])
+    assert sum(cost.model_flops for cost in costs.values()) > 0
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize('name', METHODS)
+def test_a_rows_config_trains(name, repository, words, tmp_path):
+    config = config_lib.as_dict(load(METHODS[name], repository))
+    config['model'] = shrink(config['model'])
+    config |= {'steps': 2, 'budget': '', 'batch_size': 8, 'seq_len': 32, 'evals': {}}
+    config['log'] |= {'progress': False, 'tensorboard': False}
+    if config['model']['kind'] == 'decoder':
+        tokenizer = config['data'].get('tokenizer', {'kind': 'byte'})
+        if 'data.tokenizer' not in ' '.join(METHODS[name].config):
+            tokenizer = {'kind': 'byte'}
+        elif 'vocab_size' in tokenizer:
+            tokenizer = {**tokenizer, 'vocab_size': 60 if tokenizer['kind'] == 'wordpiece' else 280}
+        config['data'] = {'kind': 'text', 'path': str(words), 'tokenizer': tokenizer}
+    else:
+        config['data'], config['seq_len'] = {'kind': 'digits'}, 17
+        config['task'] = {'kind': 'classification'}
+    done = train.run(config, tmp_path)
+    assert done.summary['final_step'] == 2 and done.summary['ledger']['model_flops'] > 0
+
+
+def test_every_card_is_listed_and_every_technique_has_a_card(repository):
+    cards = {p.stem for p in (repository / 'docs' / 'methods').glob('*.md')} - {'README'}
+    assert cards <= set(METHODS)
+    shapes = {name for name in METHODS if name.startswith(('cost-', 'gpt-', 'llama'))}
+    assert set(METHODS) - shapes <= cards
+
+
+def test_the_command(repository):
+    def run(*args: str) -> subprocess.CompletedProcess:
+        line = [sys.executable, '-m', 'effjax.methods', *args]
+        return subprocess.run(line, capture_output=True, text=True, cwd=repository)
+
+    assert 'albert' in run().stdout
+    (row,) = json.loads(run('--json', 'palm').stdout)
+    assert row['id'] == 'palm' and 'model.block=parallel' in row['config']
+    assert '--config.model.share=2' in run('albert').stdout
+    bad = run('albart')
+    assert (
+        bad.returncode == 1 and bad.stderr == "error: no method 'albart'. Did you mean 'albert'?\n"
+    )
+
+
+def test_a_row_needs_all_its_fields(tmp_path, monkeypatch):
+    file = tmp_path / 'methods.toml'
+    file.write_text('[x]\ntitle = "t"\n')
+    monkeypatch.setattr(methods, 'FILE', file)
+    with pytest.raises(ConfigError, match="row 'x' lacks or does not know: base, config, paper"):
+        methods.load()
