@@ -34,12 +34,13 @@ class Run:
     stopped_by: str | None = None
 
 
-def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> Run:
+def run(config: Mapping[str, Any], workdir: str | pathlib.Path | None = None) -> Run:
     """Trains a config, resuming from `workdir` when it holds a checkpoint of this config.
 
     Args:
       config: a config as `effjax.core.config.defaults()` makes it, or plain dicts of that form.
-      workdir: the folder for everything the run leaves; made if need be.
+      workdir: the folder for everything the run leaves, made if need be; None is
+        `runs/<config>-<time>`.
 
     Returns:
       The run, its summary and where its report is.
@@ -60,7 +61,8 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> Run:
 
     check_form(config)
     setup.check(config)
-    trainer = Trainer(as_dict(config), pathlib.Path(workdir))
+    plain = as_dict(config)
+    trainer = Trainer(plain, pathlib.Path(workdir or default_workdir(plain['name'])))
     stopped_by = trainer.run()
     summary = finish.summary(trainer)
     page = trainer.workdir / 'report.html'
@@ -68,6 +70,11 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> Run:
         write_json_atomic(trainer.workdir / 'summary.json', summary)
         page = report.write(trainer.workdir)
     return Run(trainer.workdir, summary, page, stopped_by)
+
+
+def default_workdir(name: str) -> pathlib.Path:
+    """Returns `runs/<name>-<time>`."""
+    return pathlib.Path('runs') / f'{name or "run"}-{time.strftime("%Y%m%d-%H%M%S")}'
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,8 +92,7 @@ def main(argv: Sequence[str]) -> int:
 
         print(dry_run(config))
         return 0
-    workdir = args.workdir or f'runs/{config.name}-{time.strftime("%Y%m%d-%H%M%S")}'
-    done = run(config, workdir)
+    done = run(config, args.workdir)
     from effjax.parallel import is_primary
     from effjax.training.finish import lines
 

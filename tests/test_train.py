@@ -142,7 +142,11 @@ def test_stages_change_shapes_and_keep_the_state(tiny, tmp_path, stop_after):
 
 @pytest.mark.parametrize(
     ('budget', 'unit', 'amount'),
-    [('1536tokens', 'tokens', 1536), ('48examples', 'examples', 48), ('2e7flops', 'model_flops', 2e7)],
+    [
+        ('1536tokens', 'tokens', 1536),
+        ('48examples', 'examples', 48),
+        ('2e7flops', 'model_flops', 2e7),
+    ],
 )
 def test_budgets_end_at_the_nearest_step(tiny, tmp_path, budget, unit, amount):
     run = train.run(tiny(f'budget={budget}', 'evals={}'), tmp_path)
@@ -301,3 +305,39 @@ def test_kill_at_random_moments_and_resume_is_bit_exact(words, tmp_path):
     assert losses(cut) == losses(tmp_path / 'whole')
     summary = json.loads((cut / 'summary.json').read_text())
     assert summary['eval'] == json.loads((tmp_path / 'whole' / 'summary.json').read_text())['eval']
+
+
+@pytest.mark.parametrize('on_error', ['continue', 'stop'])
+def test_a_save_that_fails(tiny, tmp_path, monkeypatch, on_error):
+    from effjax.training.checkpoints import Checkpointer
+
+    save, failed = Checkpointer.save, []
+
+    def fail_once(self, step, *args, **kw):
+        if not failed:
+            failed.append(step)
+            raise CheckpointError('the checkpoint could not be written: no space left.')
+        save(self, step, *args, **kw)
+
+    monkeypatch.setattr(Checkpointer, 'save', fail_once)
+    config = tiny('checkpoint.every_steps=2', f'checkpoint.on_error={on_error}')
+    if on_error == 'stop':
+        with pytest.raises(CheckpointError, match='no space left'):
+            train.run(config, tmp_path)
+        return
+    done = train.run(config, tmp_path)
+    assert failed == [2] and done.summary['final_step'] == 6
+    assert 'no space left' in done.summary['warnings'][0]
+    assert (tmp_path / 'checkpoints' / '6').is_dir()
+
+
+def test_a_stage_may_not_change_the_tokenizer(tiny, tmp_path):
+    config = tiny(stages=({'share': 0.5}, {'share': 0.5, 'data': {'tokenizer': {'kind': 'char'}}}))
+    with pytest.raises(ConfigError, match=r'config.stages.1.data'):
+        train.run(config, tmp_path)
+
+
+def test_run_picks_a_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = train.run(tiny('steps=1', 'evals={}'))
+    assert run.workdir.parent.name == 'runs' and run.workdir.name.startswith('tiny-')

@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from effjax.core.cost import Cost
 from effjax.costs import StepCost, compiled_memory, walk_jaxpr
 
-
 # Compiler options of a platform, unless the config says otherwise. On an H200 cuBLASLt's products
 # instead of XLA's own Triton ones made the step of a 374M decoder 4 % faster and that of a 1.36B
 # decoder neither faster nor slower (experiments/benchmarks/train_step).

@@ -12,6 +12,7 @@ from effjax.data.gzip_baseline import gzip_baseline
 from effjax.kernels import choices
 from effjax.models.decode import Sampling, complete
 from effjax.training import setup
+from effjax.training.progress import human
 
 
 def summary(trainer: Any) -> dict[str, Any]:
@@ -81,17 +82,42 @@ def sample(runtime: Any, state: Mapping[str, Any]) -> str:
 
 def lines(out: Mapping[str, Any]) -> list[str]:
     """Returns the summary as a few lines for a person."""
-    text = []
+    text = ['']
+    if out.get('sample'):
+        text += ['sample:', *(f'    {line}' for line in out['sample'].splitlines()), '']
+    text += _costs(out)
     for name, values in out['eval'].items():
         shown = ', '.join(f'{k} {v:.4g}' for k, v in values.items())
         text.append(f'{name}: {shown}')
     if 'gzip_bits_per_byte' in out:
-        text.append(
-            f'gzip -9 on the same held-out files: {out["gzip_bits_per_byte"]:.3f} bits/byte'
-        )
-    if out.get('sample'):
-        text += ['', 'sample:', *(f'    {line}' for line in out['sample'].splitlines()), '']
+        bits = [v['bits_per_byte'] for v in out['eval'].values() if 'bits_per_byte' in v]
+        ours = f'{min(bits):.3f} bits/byte against ' if bits else ''
+        text.append(f'held-out files: {ours}{out["gzip_bits_per_byte"]:.3f} of gzip -9')
     return text
+
+
+def _costs(out: Mapping[str, Any]) -> list[str]:
+    """What the run cost, in three lines."""
+    ledger, clock = out['ledger'], out['clock']
+    hardware = ledger['hardware_flops']
+    executed = f', {human(hardware, "FLOP")} executed' if hardware is not None else ''
+    kinds = ('train', 'data', 'eval', 'checkpoint', 'compile', 'other')
+    seconds = ', '.join(f'{kind} {human(clock[kind], "s")}' for kind in kinds)
+    found = [f'{human(out["params"])} parameters']
+    compiled = (out['memory'].get('compiled') or {}).get('total')
+    if compiled:
+        found.append(f'{human(compiled, "B")} a device planned')
+    if out['memory'].get('device_peak_bytes'):
+        found.append(f'{human(out["memory"]["device_peak_bytes"], "B")} at the peak')
+    found.append(f'MFU {out["mfu"]["mfu"]:.1%}' if out['mfu'] else 'no MFU: peak unknown')
+    if out['joules'] is not None:
+        found.append(f'{human(out["joules"], "J")}')
+    return [
+        f'cost: {ledger["steps"]} steps, {human(ledger["tokens"])} tokens, '
+        f'{human(ledger["model_flops"], "FLOP")}{executed}',
+        f'time: {seconds}',
+        f'size: {", ".join(found)}',
+    ]
 
 
 def _mfu(trainer: Any) -> dict[str, Any] | None:

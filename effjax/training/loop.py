@@ -185,6 +185,10 @@ class Trainer:
             self.ledger.add_skipped()
             if self.runtime.precision.loss_scale is None:
                 self._not_finite(flight, values, stage)
+            self._say(
+                f'step {flight.row["step"]}: gradients overflowed at loss scale '
+                f'{values["loss_scale"]:g}; the step is left out and the scale lowered'
+            )
 
     def _fetch(self, flight: _InFlight) -> np.ndarray:
         """Waits for a step to end: the only place of the loop where the host waits for a device."""

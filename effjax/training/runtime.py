@@ -56,6 +56,8 @@ class Runtime:
         self._datasets: dict[str, Any] = {}
         self._record = max(stage.config['seq_len'] for stage in plan(plain))
         self.dataset = self._dataset(plan(plain)[0].config)
+        for stage in plan(plain)[1:]:
+            setup.check_same_data(self.dataset.info, self._dataset(stage.config).info, stage.index)
         self.config = setup.resolve(plain, self.dataset.info)
         self.stages = plan(self.config)
         self.task = setup.build_task(self.config)

@@ -103,6 +103,31 @@ def resolve(config: dict[str, Any], info: Any) -> dict[str, Any]:
     return {**config, 'model': model}
 
 
+def check_same_data(first: Any, other: Any, stage: int) -> None:
+    """Checks that a stage's data fits the model that the first stage's data has shaped.
+
+    Args:
+      first: `DataInfo` of the first stage.
+      other: `DataInfo` of the stage.
+      stage: its index, for the message.
+
+    Raises:
+      ConfigError: another kind of data, another tokenizer, other images or classes.
+    """
+    for what in ('kind', 'vocab_size', 'image_shape', 'classes'):
+        if getattr(first, what) != getattr(other, what):
+            raise ConfigError(
+                f'config.stages.{stage}.data has {what} {getattr(other, what)!r}, but the first '
+                f'stage has {getattr(first, what)!r}; a stage may change the data, not its form.'
+            )
+    if first.kind == 'text' and first.tokenizer.digest != other.tokenizer.digest:
+        raise ConfigError(
+            f'config.stages.{stage}.data would train another tokenizer than the first stage; mix '
+            'the sources from the start (data.kind=mixture) and change their weights, or give both '
+            "the same data.tokenizer of kind 'file'."
+        )
+
+
 def environment() -> dict[str, Any]:
     """Returns versions and devices, for `summary.json`."""
     import flax

@@ -33,9 +33,14 @@ def test_overrides_reach_into_blocks_lists_and_new_arguments():
     }
     out = config_lib.finish(
         config,
-        ['model.segments.0.repeat=6', 'model.segments.0.pattern.0.mixer.heads=2', 'optimizer.b2=0.9',
-         'evals.valid={"batches": 2}', 'evals.valid.batches=5'],
-    )  # fmt: skip
+        [
+            'model.segments.0.repeat=6',
+            'model.segments.0.pattern.0.mixer.heads=2',
+            'optimizer.b2=0.9',
+            'evals.valid={"batches": 2}',
+            'evals.valid.batches=5',
+        ],
+    )
     assert out.model.segments[0]['repeat'] == 6
     assert out.model.segments[0]['pattern'][0]['mixer']['heads'] == 2
     assert out.optimizer.b2 == 0.9
@@ -78,7 +83,7 @@ def test_mistakes_fail_at_once_and_say_what_to_do(override, words):
 
 def test_exactly_one_extent():
     config = make(budget='3m')
-    with pytest.raises(ConfigError, match='exactly one of config.steps and config.budget; both'):
+    with pytest.raises(ConfigError, match=r'exactly one of config.steps and config.budget; both'):
         config_lib.check_form(config)
     with pytest.raises(ConfigError, match='neither is set'):
         config_lib.check_form(make(steps=0))

@@ -82,7 +82,7 @@ def test_a_run_goes_on_on_another_mesh(tiny, tmp_path):
 def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path):
     from effjax.core.errors import ConfigError
 
-    with pytest.raises(ConfigError, match='config.batch_size 6 is not divisible by the 8 devices'):
+    with pytest.raises(ConfigError, match=r'config.batch_size 6 is not divisible by the 8 devices'):
         train.run(config_on(tiny, {'data': 8}, batch_size=6), tmp_path)
 
 

@@ -1,6 +1,6 @@
 """effjax's own training step on the shapes of this benchmark: what `effjax.train` compiles.
 
-    python -m experiments.benchmarks.train_step.ours --shape=374m --steps=10
+python -m experiments.benchmarks.train_step.ours --shape=374m --steps=10
 """
 
 import argparse
