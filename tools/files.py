@@ -29,7 +29,7 @@ def job(file: pathlib.Path) -> str:
 def page() -> str:
     """Returns the page."""
     files = [f for f in sorted((ROOT / 'effjax').rglob('*.py')) if f.name != '__init__.py']
-    files += [f for f in (ROOT / 'configs').glob('*.py')]
+    files += list((ROOT / 'configs').glob('*.py'))
     out = [HEAD]
     folders = sorted({f.parent for f in files}, key=lambda p: p.relative_to(ROOT).as_posix())
     for folder in folders:
