@@ -12,7 +12,7 @@ from effjax.core.config import defaults
 def get_config():
     config = defaults()
     config.budget = '240s'
-    config.batch_size = 16
+    config.batch_size = 8
     config.seq_len = 256
     config.data = dict(kind='stdlib', tokenizer=dict(kind='bpe', vocab_size=4096), packing='pack')
     config.model = dict(
@@ -23,7 +23,7 @@ def get_config():
         ffn=dict(kind='swiglu'),
         tied=True,
     )
-    config.optimizer = dict(kind='adamw', b2=0.99, weight_decay=0.1)
+    config.optimizer = dict(kind='muon')
     config.schedule = dict(kind='linear', peak=3e-3, warmup=0.05)
     config.precision.kind = 'fp32'  # a CPU is slower in bfloat16
     config.evals.valid = dict(every_share=0.25, batches=16)

@@ -36,7 +36,7 @@ def dry_run(config: Mapping[str, Any]) -> str:
     lines += _parameters(built)
     lines += _flops(built, stage.config)
     lines += _memory(plain, built, mesh, rules, stage.config)
-    lines += ['', 'execution:'] + [f'  {line}' for line in built.model.body.describe()]
+    lines += ['', 'execution:', *_execution(built)]
     lines += _shardings(built, mesh)
     return '\n'.join(lines)
 
@@ -84,9 +84,14 @@ def _flops(built: Any, config: Mapping[str, Any]) -> list[str]:
     # One example's multiply-adds and decoding state: the figures that papers print.
     one = built.model.cost(1, length)
     out.append(f'  one example forward: {total(one.values()).model_flops / 2e9:.4g} GMACs')
-    state = total(one.values()).state_bytes
-    if state:
-        out.append(f'  decoding state of one row of {length}: {state / 2**20:.4g} MiB')
+    dtype = precision.build(config['precision']).policy.compute_dtype
+    for rows, costs in ((1, one), (batch, parts)):
+        held = total(costs.values()).state_bytes / 2**20
+        if held:
+            out.append(
+                f'  decoding state of {rows} x {length} tokens: {held:.4g} MiB in {dtype.name}, '
+                f'{held * 4 / dtype.itemsize:.4g} MiB in float32'
+            )
     return out
 
 
@@ -131,6 +136,15 @@ def _per_device(tree: Any, shardings: Any) -> int:
         shardings,
     )
     return sum(jax.tree.leaves(sizes))
+
+
+def _execution(built: Any) -> list[str]:
+    return [
+        f'  {part["segment"]}: {part["repeat"]} x [{", ".join(part["period"])}], '
+        f'{part["layers"]}, remat {part["remat"]}'
+        + (f', {part["share"]} repeats share their parameters' if part['share'] > 1 else '')
+        for part in built.model.body.describe()
+    ]
 
 
 def _shardings(built: Any, mesh: Any) -> list[str]:

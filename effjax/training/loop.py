@@ -250,10 +250,12 @@ class Trainer:
     def _evaluate(self, due: list[evaluate.Evaluation]) -> None:
         runtime = self.runtime
         for evaluation in due:
+            with self.clock('compile'):
+                step = runtime.compile_eval(evaluation)
             with self.clock('eval'):
                 result = evaluate.run(
                     evaluation,
-                    runtime.eval_step,
+                    step,
                     runtime.eval_params(self.state),
                     self.state['buffers'],
                     runtime.putter(evaluation.batch_size),

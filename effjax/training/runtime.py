@@ -54,6 +54,7 @@ class Runtime:
         self.rules = parallel.make_rules(plain['sharding'])
         setup.check_mesh(plain, self.mesh, self.rules)
         self._datasets: dict[str, Any] = {}
+        self._eval_steps: dict[str, Any] = {}
         self._record = max(stage.config['seq_len'] for stage in plan(plain))
         self.dataset = self._dataset(plan(plain)[0].config)
         for stage in plan(plain)[1:]:
@@ -194,15 +195,30 @@ class Runtime:
         parts = {k: c.times(count) for k, c in self.built.model.cost(size, length).items()}
         return StepCost.forward(parts, examples=examples, tokens=tokens, tokens_computed=tokens)
 
-    @functools.cached_property
-    def eval_step(self) -> Any:
-        """The jitted evaluation step: `(params, buffers, batch) -> {name: [sum, weight]}`."""
-        return jax.jit(step_lib.make_eval_step(self.built.graphdef, self.task))
+    def compile_eval(self, evaluation: evaluate.Evaluation) -> Any:
+        """Compiles `(params, buffers, batch) -> {name: [sum, weight]}`, once for each shape."""
+        batch = next(iter(evaluation.source))
+        placed = self.putter(evaluation.batch_size)(
+            {key: array[evaluation.rows] for key, array in batch.items()}
+        )
+        shapes = repr({key: (array.shape, array.dtype) for key, array in placed.items()})
+        if shapes not in self._eval_steps:
+            state = self.abstract_sharded()
+            step = jax.jit(step_lib.make_eval_step(self.built.graphdef, self.task))
+            lowered = step.lower(state['params'], state['buffers'], placed)
+            self._eval_steps[shapes] = lowered.compile()
+        return self._eval_steps[shapes]
 
     @functools.cached_property
     def eval_params(self) -> Any:
         """Jitted `state -> params` to judge: the average, or what the optimizer says."""
         if self.config['ema']:
-            return jax.jit(lambda state: ema.params(state['ema'], state['params']))
+            return jax.jit(
+                lambda state: ema.params(state['ema'], state['params']),
+                out_shardings=self.shardings['params'],
+            )
         choose = self.optimizer(self.stages[0]).eval_params
-        return jax.jit(lambda state: choose(state['optimizer'], state['params']))
+        return jax.jit(
+            lambda state: choose(state['optimizer'], state['params']),
+            out_shardings=self.shardings['params'],
+        )

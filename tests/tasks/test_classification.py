@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from effjax import train
 from effjax.core import config as config_lib
@@ -36,14 +37,14 @@ def test_sums_and_smoothing():
     }
 
 
+@pytest.mark.ci
 def test_the_digits_are_learned(repository, tmp_path):
     config = config_lib.load(
         str(repository / 'configs' / 'digits_vit.py'),
-        ['budget=16000examples', 'log.progress=false', 'log.tensorboard=false', 'evals.valid={}'],
+        ['budget=30000examples', 'log.progress=false', 'log.tensorboard=false', 'evals.valid={}'],
     )
     summary = train.run(config, tmp_path).summary
-    # Always the most frequent digit is right in a tenth of the images; a linear classifier
-    # on the pixels reaches about 0.95 when trained to the end.
+    # Half of the config's own budget, which ends at 0.96; guessing is right one time in ten.
     assert summary['eval']['valid']['accuracy'] > 0.9
     assert summary['eval']['valid']['examples'] == 385
-    assert summary['ledger']['examples'] == 16000
+    assert abs(summary['ledger']['examples'] - 30000) <= 32
