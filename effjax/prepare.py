@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from effjax.core.command import run_command
+from effjax.core.command import parse_with_overrides, run_command
 from effjax.core.errors import ConfigError
 
 _SECONDS = 5.0  # between two lines of progress
@@ -107,17 +107,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         '--traceback', action='store_true', help='show the traceback of an error in the input'
     )
-    overrides = [a.removeprefix('--config.') for a in argv if a.startswith('--config.')]
-    args, unknown = parser.parse_known_args([a for a in argv if not a.startswith('--config.')])
-    if unknown:
-        from effjax.core.registry import suggest
-
-        flags = ('--config', '--output', '--quiet', '--traceback')
-        raise ConfigError(
-            f'unknown argument {unknown[0]!r}; keys of the config are set as --config.KEY=VALUE.'
-            + suggest(unknown[0].partition('=')[0], flags)
-        )
-    return args, overrides
+    return parse_with_overrides(parser, argv)
 
 
 if __name__ == '__main__':

@@ -13,8 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from effjax.core.command import quiet_platform, run_command
-from effjax.core.errors import ConfigError
+from effjax.core.command import parse_with_overrides, quiet_platform, run_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,22 +127,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         '--traceback', action='store_true', help='show the traceback of an error in the input'
     )
-    overrides, rest = [], []
-    for arg in argv:
-        if arg.startswith('--config.'):
-            overrides.append(arg.removeprefix('--config.'))
-        else:
-            rest.append(arg)
-    args, unknown = parser.parse_known_args(rest)
-    if unknown:
-        from effjax.core.registry import suggest
-
-        flags = ('--config', '--workdir', '--print_config', '--dry_run', '--traceback')
-        raise ConfigError(
-            f'unknown argument {unknown[0]!r}; keys of the config are set as --config.KEY=VALUE.'
-            + suggest(unknown[0].partition('=')[0], flags)
-        )
-    return args, overrides
+    return parse_with_overrides(parser, argv)
 
 
 if __name__ == '__main__':

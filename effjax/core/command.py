@@ -1,10 +1,12 @@
 """What every command does alike: quiet devices, one-line errors, exit codes."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-from effjax.core.errors import EffjaxError
+from effjax.core.errors import ConfigError, EffjaxError
+from effjax.core.registry import suggest
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
@@ -22,6 +24,28 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 130
+
+
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command that takes `--config.KEY=VALUE` beside its own arguments.
+
+    Returns:
+      The arguments, and the overrides as 'KEY=VALUE'.
+
+    Raises:
+      ConfigError: an argument that is neither.
+    """
+    prefix = '--config.'
+    args, unknown = parser.parse_known_args([a for a in argv if not a.startswith(prefix)])
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise ConfigError(
+            f'unknown argument {unknown[0]!r}; keys of the config are set as --config.KEY=VALUE.'
+            + suggest(unknown[0].partition('=')[0], flags)
+        )
+    return args, [a.removeprefix(prefix) for a in argv if a.startswith(prefix)]
 
 
 def quiet_platform() -> None:

@@ -52,7 +52,8 @@ def main() -> None:
             return
         results[seed] = result(folder)
         print(f'seed {seed}: {json.dumps(results[seed])}', flush=True)
-    means = {k: statistics.mean(r[k] for r in results.values()) for k in ('min', 'final', 'seconds')}
+    keys = ('min', 'final', 'seconds')
+    means = {k: statistics.mean(r[k] for r in results.values()) for k in keys}
     print(f'mean of {len(results)}: {json.dumps(means)}')
     text = json.dumps({'seeds': results, 'mean': means}, indent=1) + '\n'
     (args.out / 'results.json').write_text(text)
