@@ -341,3 +341,19 @@ def test_run_picks_a_folder(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = train.run(tiny('steps=1', 'evals={}'))
     assert run.workdir.parent.name == 'runs' and run.workdir.name.startswith('tiny-')
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tiny, tmp_path, capfd):
+    config = tiny('checkpoint.every_steps=2', 'steps=4')
+    first = train.run(config, tmp_path)
+    newest = tmp_path / 'checkpoints' / '4' / 'state'
+    file = max((f for f in newest.rglob('*') if f.is_file()), key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    before = losses(tmp_path)
+    again = train.run(config, tmp_path)
+    assert 'warning: checkpoint not used: step 4' in capfd.readouterr().err
+    assert 'step 4' in again.summary['warnings'][0]
+    assert losses(tmp_path) == before and again.summary['eval'] == first.summary['eval']
+    assert again.summary['ledger']['wasted']['steps'] == 2

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,7 +27,7 @@ from effjax.training.checkpoints import Checkpointer
 from effjax.training.compiled import CompiledStep
 from effjax.training.files import write_json_atomic
 from effjax.training.metrics import FILE, MetricsWriter, last_row
-from effjax.training.progress import make_progress
+from effjax.training.progress import human, make_progress
 from effjax.training.runtime import Runtime
 from effjax.training.signals import Agreement, Stop
 from effjax.training.stages import Stage
@@ -47,7 +48,6 @@ class Trainer:
     Args:
       config: a checked config.
       workdir: the run's folder, made if need be.
-      say: shows a line to the user.
 
     Raises:
       ConfigError: a model, batch or mesh that does not fit, or an unwritable folder.
@@ -285,7 +285,7 @@ class Trainer:
             check=lambda found: resume.check(found, self.config, params, folder),
         )
         for sentence in restored.skipped:
-            self._say(f'warning: {sentence}')
+            self._warn(f'checkpoint not used: {sentence}')
         extra = restored.extra
         self.ledger = Ledger.from_dict(extra['ledger'])
         self.clock = Clock.from_dict(extra['clock'], devices=jax.device_count())
@@ -329,8 +329,7 @@ class Trainer:
                 if self.config['checkpoint']['on_error'] == 'stop':
                     raise
                 self.last_saved = self.checkpointer.latest()
-                self.warnings.append(str(error))
-                self._say(f'warning: {error} Training goes on.')
+                self._warn(f'{error} Training goes on.')
                 return
         self.last_saved = self.ledger.steps
 
@@ -355,14 +354,33 @@ class Trainer:
         )
         stages = self.runtime.stages
         self.bar = make_progress(log['progress'], stages[0].unit, stages[0].total)
+        self._announce()
+
+    def _announce(self) -> None:
+        """Says what is about to run, where its files go, and from which step it goes on."""
+        runtime, first = self.runtime, self.runtime.stages[0]
+        flops = sum(cost.train_flops for cost in runtime.costs(first).values())
+        how = '; '.join(
+            f'{part["repeat"]} x [{", ".join(part["period"])}], layers: {part["layers"]}'
+            for part in runtime.built.model.body.describe()
+        )
+        mesh = ', '.join(f'{axis} {n}' for axis, n in runtime.mesh.shape.items() if n > 1)
+        self._say(
+            f'{self.config["name"] or "run"}: {human(runtime.params)} parameters, '
+            f'{human(flops, "FLOP")} a step, on {runtime.mesh.size} x {jax.devices()[0].device_kind}'
+            f'{f" ({mesh})" if mesh else ""}; {how}; files in {self.workdir}'
+        )
         if self.resumed_from is not None:
             self._say(f'resumed from step {self.resumed_from} in {self.workdir}')
 
     def _say(self, text: str) -> None:
-        if hasattr(self, 'bar'):
-            self.bar.line(text)
-        elif self.config['log']['progress'] and jax.process_index() == 0:
-            print(text, flush=True)
+        self.bar.line(text)
+
+    def _warn(self, text: str) -> None:
+        """Tells the user whatever the config says of progress, and notes it in the summary."""
+        self.warnings.append(text)
+        if jax.process_index() == 0:
+            print(f'warning: {text}', file=sys.stderr, flush=True)
 
 
 class _Speed:
