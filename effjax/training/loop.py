@@ -364,11 +364,13 @@ class Trainer:
             f'{part["repeat"]} x [{", ".join(part["period"])}], layers: {part["layers"]}'
             for part in runtime.built.model.body.describe()
         )
-        mesh = ', '.join(f'{axis} {n}' for axis, n in runtime.mesh.shape.items() if n > 1)
+        axes = ', '.join(f'{axis} {n}' for axis, n in runtime.mesh.shape.items() if n > 1)
+        where = f'{runtime.mesh.size} x {jax.devices()[0].device_kind}' + (
+            f' ({axes})' if axes else ''
+        )
         self._say(
             f'{self.config["name"] or "run"}: {human(runtime.params)} parameters, '
-            f'{human(flops, "FLOP")} a step, on {runtime.mesh.size} x {jax.devices()[0].device_kind}'
-            f'{f" ({mesh})" if mesh else ""}; {how}; files in {self.workdir}'
+            f'{human(flops, "FLOP")} a step, on {where}; {how}; files in {self.workdir}'
         )
         if self.resumed_from is not None:
             self._say(f'resumed from step {self.resumed_from} in {self.workdir}')
