@@ -1,6 +1,8 @@
 """A plain vision transformer on the embedded 8x8 digits: half a minute on two CPU cores.
 
 It reached 96.1 % of the 385 held-out images in 22 s of training (two cores of an AMD EPYC, shared).
+Logistic regression on the pixels reaches 97.7 %: 1412 images are too few for a transformer without
+augmentation. The config is here to show that nothing in the trainer is about text only.
 
 python -m effjax.train --config=configs/digits_vit.py
 """
