@@ -53,7 +53,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path | None = None) ->
     quiet_platform()
     from effjax import report
     from effjax.core.config import as_dict, check_form
-    from effjax.parallel import is_primary
+    from effjax.parallel import broadcast, initialize, is_primary
     from effjax.training import finish, setup
     from effjax.training.files import write_json_atomic
     from effjax.training.loop import Trainer
@@ -61,7 +61,10 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path | None = None) ->
     check_form(config)
     setup.check(config)
     plain = as_dict(config)
-    trainer = Trainer(plain, pathlib.Path(workdir or default_workdir(plain['name'])))
+    if workdir is None:
+        initialize()  # the folder's name holds the time: all processes take the first one's
+        workdir = broadcast(default_workdir(plain['name']).as_posix())
+    trainer = Trainer(plain, pathlib.Path(workdir))
     stopped_by = trainer.run()
     summary = finish.summary(trainer)
     page = trainer.workdir / 'report.html'

@@ -209,6 +209,8 @@ def test_ema_is_what_is_judged(tiny, tmp_path):
         (['evals.valid.every=3'], ConfigError, 'unknown key config.evals.valid.every'),
         (['evals.valid.split=tset'], DataError, "no split 'tset'"),
         (['log.wandb=x'], ConfigError, 'wandb'),
+        (['task.z_loss=-1.0'], ConfigError, 'config.task.z_loss must not be negative'),
+        (['finish.sample_tokens=-1'], ConfigError, 'config.finish.sample_tokens'),
     ],
 )
 def test_mistakes_stop_before_anything_compiles(
@@ -357,3 +359,39 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tiny, tmp_p
     assert 'step 4' in again.summary['warnings'][0]
     assert losses(tmp_path) == before and again.summary['eval'] == first.summary['eval']
     assert again.summary['ledger']['wasted']['steps'] == 2
+
+
+def test_the_very_first_step_may_fail(tiny, tmp_path):
+    with pytest.raises(TrainingError) as error:
+        train.run(tiny('task.z_loss=1e38'), tmp_path)
+    text = str(error.value)
+    assert 'not finite at step 1 ' in text and 'text@' in text and 'no checkpoint yet' in text
+
+
+def test_the_last_row_has_its_evaluation_though_a_save_is_due(tiny, tmp_path):
+    train.run(tiny('checkpoint.every_steps=2', 'steps=4'), tmp_path)
+    assert 'eval' in rows(tmp_path)[-1]
+
+
+def test_sequences_may_grow_between_stages(tiny, tmp_path):
+    config = tiny('seq_len=16', stages=({'share': 0.5}, {'share': 0.5, 'seq_len': 32}))
+    done = train.run(config, tmp_path)
+    tokens = [row['tokens'] for row in rows(tmp_path)]
+    assert tokens == [128, 256, 384, 640, 896, 1152]
+    assert done.summary['ledger']['eval']['tokens'] % 32 == 0
+
+
+def test_what_may_change_on_resume_is_told(tiny, tmp_path, words, capfd):
+    stages = ({'share': 0.5}, {'share': 0.5, 'batch_size': 16})
+    train.run(tiny(stages=stages), tmp_path)
+    same = f'{words.parent}/./{words.name}'
+    done = train.run(tiny(f'data.path={same}', 'steps=8', 'schedule.peak=0.1'), tmp_path)
+    assert done.summary['final_step'] == 8
+    told = capfd.readouterr().err
+    assert 'warning: resumed with another setting: schedule.peak: 0.01 there, 0.1 here' in told
+    assert 'absl' not in told
+
+
+def test_a_compiler_option_that_is_not_there(tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r'config.execution.compiler_options.*foo'):
+        train.run(tiny('execution.compiler_options.foo=1'), tmp_path)

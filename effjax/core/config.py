@@ -16,6 +16,7 @@ check their own blocks (`effjax.training.setup.check`).
 
 import ast
 import importlib.util
+import inspect
 import json
 import pathlib
 import re
@@ -139,8 +140,12 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         module_spec.loader.exec_module(module)
     except SyntaxError as e:
         raise ConfigError(f'{path}: line {e.lineno}: {e.msg}.') from e
+    except ImportError as e:
+        raise ConfigError(f'{path} cannot be loaded: {e}.') from e
     if not hasattr(module, 'get_config'):
         raise ConfigError(f'{path} has no function get_config(variant).')
+    if variant and not inspect.signature(module.get_config).parameters:
+        raise ConfigError(f'{path} has no variants, got {variant!r}; give the path alone.')
     config = module.get_config(variant) if variant else module.get_config()
     if not config.name:
         with config.unlocked():
@@ -186,7 +191,7 @@ def apply_override(config: dict[str, Any], override: str) -> None:
         node[last] = _parse(text, None, name)  # its component checks name and type
     else:
         known = node if isinstance(node, dict) else ()
-        raise ConfigError(f'unknown key config.{name}.' + suggest(last, known))
+        raise ConfigError(f'unknown key config.{name}.' + _near(last, known))
 
 
 def as_dict(config: Any) -> Any:
@@ -210,6 +215,39 @@ def check_form(config: Mapping[str, Any]) -> None:
       ConfigError: with the path, what is wrong and a suggestion.
     """
     config = as_dict(config)
+    _check_values(config)
+    for i, stage in enumerate(config['stages']):
+        where = f'config.stages.{i}'
+        if not isinstance(stage, Mapping):
+            raise ConfigError(f'{where} must be a dict, got {stage!r}.')
+        for key in stage:
+            if key not in STAGE_KEYS:
+                raise ConfigError(
+                    f'{where}.{key}: a stage cannot change {key!r}; it may set '
+                    f'{", ".join(STAGE_KEYS)}.' + suggest(key, STAGE_KEYS)
+                )
+        for key, kinds in (('share', (int, float)), ('steps', (int,)), ('name', (str,))):
+            if key in stage and (not isinstance(stage[key], kinds) or stage[key] is True):
+                raise ConfigError(
+                    f'{where}.{key} must be {kinds[-1].__name__}, got {stage[key]!r}.'
+                )
+        try:
+            _check_values({**config, **_stage_changes(config, stage)})
+        except ConfigError as e:
+            raise ConfigError(f'in {where}: {e}') from e
+
+
+def _stage_changes(config: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stage's changes as whole values: blocks merged over the config's."""
+    changes = {k: v for k, v in stage.items() if k not in ('name', 'steps', 'share')}
+    for key, value in changes.items():
+        if isinstance(config[key], dict) and isinstance(value, Mapping):
+            changes[key] = {**config[key], **value}
+    return changes
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    """Checks keys, types and ranges of one stage's complete config."""
     _check_like(config, as_dict(defaults()), '')
     for name in BLOCKS:
         block = config[name]
@@ -227,25 +265,37 @@ def check_form(config: Mapping[str, Any]) -> None:
     _one_of(config, 'execution.layers', ('auto', 'scan', 'unroll'))
     _one_of(config, 'execution.remat', ('none', 'dots', 'full'))
     _one_of(config, 'checkpoint.on_error', ('continue', 'stop'))
-    if config['checkpoint']['keep'] < 1:
-        raise ConfigError('config.checkpoint.keep must be at least 1.')
-    if config['log']['every_steps'] < 1:
-        raise ConfigError('config.log.every_steps must be at least 1.')
+    for block, key, least in (
+        ('checkpoint', 'keep', 1),
+        ('checkpoint', 'every_steps', 0),
+        ('checkpoint', 'every_seconds', 0),
+        ('log', 'every_steps', 1),
+        ('execution', 'loss_chunks', 0),
+    ):
+        if not config[block][key] >= least:
+            raise ConfigError(
+                f'config.{block}.{key} must be at least {least}, got {config[block][key]}.'
+            )
     for key in ('clip_norm', 'ema'):
-        if config[key] < 0:
+        if not config[key] >= 0:
             raise ConfigError(f'config.{key} must not be negative, got {config[key]}.')
     if config['ema'] >= 1:
         raise ConfigError(f'config.ema is a decay below 1, got {config["ema"]}.')
+    for key in ('lr_scales', 'decay_scales'):
+        for pair in config[key]:
+            _check_scale(pair, key)
     _check_mesh(config['mesh'])
-    for i, stage in enumerate(config['stages']):
-        if not isinstance(stage, Mapping):
-            raise ConfigError(f'config.stages.{i} must be a dict, got {stage!r}.')
-        for key in stage:
-            if key not in STAGE_KEYS:
-                raise ConfigError(
-                    f'config.stages.{i}.{key}: a stage cannot change {key!r}; it may set '
-                    f'{", ".join(STAGE_KEYS)}.' + suggest(key, STAGE_KEYS)
-                )
+
+
+def _check_scale(pair: Any, key: str) -> None:
+    try:
+        pattern, factor = pair
+        re.compile(pattern)
+        float(factor)
+    except (TypeError, ValueError, re.error) as e:
+        raise ConfigError(
+            f'config.{key} holds pairs (regular expression, factor), got {pair!r}.'
+        ) from e
 
 
 def extent(config: Mapping[str, Any]) -> tuple[str, float]:
@@ -300,7 +350,7 @@ def _check_like(config: Mapping[str, Any], model: Mapping[str, Any], path: str) 
     for key in config:
         where = f'{path}.{key}' if path else str(key)
         if key not in model:
-            raise ConfigError(f'unknown key config.{where}.' + suggest(key, model))
+            raise ConfigError(f'unknown key config.{where}.' + _near(key, model))
         if where in _FREE:
             continue
         value, like = config[key], model[key]
@@ -346,6 +396,11 @@ def _one_of(config: Mapping[str, Any], name: str, choices: Iterable[str]) -> Non
         )
 
 
+def _near(key: str, known: Iterable[str]) -> str:
+    """Returns a suggestion, or the known keys where none is near."""
+    return suggest(key, known) or f' Known here: {", ".join(sorted(known)) or "nothing"}.'
+
+
 def _is_free(keys: Sequence[str]) -> bool:
     return bool({keys[0], '.'.join(keys)} & (_FREE - set(BLOCKS))) if keys else False
 
@@ -355,7 +410,7 @@ def _child(node: Any, key: str, name: str) -> Any:
         return node[_index(node, key, name)]
     if not isinstance(node, dict) or key not in node:
         known = node if isinstance(node, dict) else ()
-        raise ConfigError(f'unknown key config.{name}.' + suggest(key, known))
+        raise ConfigError(f'unknown key config.{name}.' + _near(key, known))
     return node[key]
 
 

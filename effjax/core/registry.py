@@ -36,13 +36,13 @@ def lookup(registry: Mapping[str, str], kind: object, what: str, path: str = '')
     Raises:
       ConfigError: unknown name, with the known ones and a suggestion.
     """
-    if kind not in registry:
+    if not isinstance(kind, str) or kind not in registry:
         where = f' at {path}' if path else ''
         raise ConfigError(
             f'unknown {what} {kind!r}{where}; known: {", ".join(sorted(registry))}.'
             + suggest(kind, registry)
         )
-    module, _, attribute = registry[str(kind)].partition(':')
+    module, _, attribute = registry[kind].partition(':')
     return getattr(importlib.import_module(module), attribute)
 
 

@@ -35,6 +35,8 @@ def initialize(
       ConfigError: some of the three are missing or make no sense.
       DeviceError: the other processes could not be reached.
     """
+    if jax.distributed.is_initialized():
+        return jax.process_count() > 1
     given: list[Any] = [coordinator, processes, process_id]
     given = [os.environ.get(v) if g is None else g for g, v in zip(given, _VARIABLES, strict=True)]
     options: dict[str, Any] = {}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 
 
@@ -23,6 +24,10 @@ class Classification:
 
     def __init__(self, execution: Mapping[str, Any], *, label_smoothing: float = 0.0):
         del execution
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(
+                f'config.task.label_smoothing must be in [0, 1), got {label_smoothing}.'
+            )
         self.label_smoothing = label_smoothing
 
     def info(self, batch: Mapping[str, jax.Array], rng: jax.Array | None, train: bool) -> SeqInfo:

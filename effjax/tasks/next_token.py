@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 from effjax.kernels import linear_cross_entropy
 
@@ -26,6 +27,8 @@ class NextToken:
     data = 'text'
 
     def __init__(self, execution: Mapping[str, Any], *, z_loss: float = 0.0):
+        if not z_loss >= 0:
+            raise ConfigError(f'config.task.z_loss must not be negative, got {z_loss}.')
         self.z_loss = z_loss
         self.chunks = execution['loss_chunks']
 

@@ -344,6 +344,7 @@ def read_manifest(folder: str | pathlib.Path, step: int | None = None) -> dict[s
 
 
 def _read(folder: pathlib.Path, step: int, **items: Any) -> Any:
+    logging.getLogger('absl').addFilter(_quiet)
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(folder, options=options) as manager:
         return manager.restore(step, args=ocp.args.Composite(**items))

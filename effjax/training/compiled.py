@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax.core.cost import Cost
+from effjax.core.errors import ConfigError
 from effjax.costs import StepCost, compiled_memory, walk_jaxpr
 
 # Compiler options of a platform, unless the config says otherwise. On an H200 cuBLASLt's products
@@ -83,7 +84,13 @@ def compile_train(
     shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
     traced = jitted.trace(state, shapes, jax.ShapeDtypeStruct((), jnp.float32))
     merged = {**COMPILER_OPTIONS.get(jax.default_backend(), {}), **(options or {})}
-    compiled = traced.lower().compile(compiler_options=merged)
+    lowered = traced.lower()
+    try:
+        compiled = lowered.compile(compiler_options=merged)
+    except jax.errors.JaxRuntimeError as e:
+        if 'compile option' not in str(e):
+            raise
+        raise ConfigError(f'config.execution.compiler_options: {str(e).splitlines()[0]}') from e
     examples, tokens = units
     cost = StepCost.train(
         parts,

@@ -30,7 +30,8 @@ def dry_run(config: Mapping[str, Any]) -> str:
     rules = parallel.make_rules(plain['sharding'])
     setup.check_mesh(plain, mesh, rules)
     plain = _with_data(plain)
-    built = models.build(plain, mesh=mesh)
+    longest = max(stage.config['seq_len'] for stage in plan(plain))
+    built = models.build({**plain, 'seq_len': longest}, mesh=mesh)
     stage = plan(plain)[0]
     lines = [f'{plain["name"] or "config"}: {plain["model"]["kind"]}']
     lines += _parameters(built)

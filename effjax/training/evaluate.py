@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from effjax.core.errors import DataError
 from effjax.training.setup import EVAL_KEYS
 
 _IN_FLIGHT = 8  # batches dispatched ahead: more would only hold inputs in device memory
@@ -30,6 +31,7 @@ class Evaluation:
       source: a re-iterable of whole batches on the host, with `bytes`.
       batch_size: rows of a batch, over all processes.
       rows: those that this process places.
+      seq_len: tokens a row.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Evaluation:
     source: Any
     batch_size: int
     rows: slice
+    seq_len: int = 0
 
     def due(self, step: int, before: float, after: float) -> bool:
         """Whether it runs after `step`, in which the run's progress rose from before to after."""
@@ -71,6 +74,11 @@ def plan(
         given = {**EVAL_KEYS, **block}
         size = given['batch_size'] or batch_size
         source = dataset.eval(given['split'], size, seq_len, batches=given['batches'])
+        if not len(source):
+            raise DataError(
+                f'config.evals.{name}: split {given["split"]!r} has nothing to evaluate; '
+                'hold out more.'
+            )
         out.append(
             Evaluation(
                 name,
@@ -79,6 +87,7 @@ def plan(
                 source,
                 size,
                 rows(size),
+                seq_len,
             )
         )
     return out

@@ -92,7 +92,7 @@ class Trainer:
             self._open_outputs()
             try:
                 self.state = restored or self.runtime.initial_state()
-                for stage in self.runtime.stages[self.stage :]:
+                for stage in self.runtime.stages:
                     self._run_stage(stage)
                     if self._stopping():
                         break
@@ -101,18 +101,18 @@ class Trainer:
                 self._write_row()
                 self._save(block=True)
             finally:
-                self.bar.close()
-                self.writer.close()
-                self.checkpointer.close()
+                self._close()
         return self.stopped_by
 
     def _run_stage(self, stage: Stage) -> None:
-        if self._used(stage.unit) >= stage.end:
+        if stage.index < self.stage or self._used(stage.unit) >= stage.end:
             return  # resumed after its end
         if stage.index != self.stage:
             self.stage = stage.index
             self.state['stage'] = jnp.full_like(self.state['stage'], stage.index)
             self._say(f'stage {stage.name}')
+        if self.position is None:
+            self.position = self.runtime.sampler(stage).initial()
         loader = self.runtime.loader(stage, self.position)
         try:
             first = next(loader)
@@ -143,10 +143,11 @@ class Trainer:
             before, after = used / stage.total, min((used + size) / stage.total, 1.0)
             due = [e for e in evaluations if e.due(self.ledger.steps, before, after)]
             save = self._save_due()
-            if due or save:
+            # At the very end everything is evaluated, and saved after that.
+            ending = used + 1.5 * size >= stage.end and stage is self.runtime.stages[-1]
+            if (due or save) and not ending:
                 self._drain(flying, compiled, stage)
-                if used + 1.5 * size < stage.end or stage.index + 1 < len(self.runtime.stages):
-                    self._evaluate(due)  # else the end is near, where every evaluation runs
+                self._evaluate(due)
                 if save:
                     self._save()
         self._drain(flying, compiled, stage)
@@ -169,7 +170,8 @@ class Trainer:
             'model_flops': self.ledger.model_flops,
             'hardware_flops': self.ledger.hardware_flops,
         }
-        return _InFlight(vector, row, before or {})
+        assert before is not None
+        return _InFlight(vector, row, before)
 
     def _record(self, flight: _InFlight, compiled: CompiledStep, stage: Stage) -> None:
         """Waits for a step's metrics; the row before it is then complete and is written."""
@@ -203,6 +205,10 @@ class Trainer:
     def _not_finite(self, flight: _InFlight, values: Mapping[str, float], stage: Stage) -> None:
         self._write_row()
         samples = self.runtime.sampler(stage).describe(flight.position)
+        try:
+            self.checkpointer.wait()
+        except CheckpointError:
+            self.last_saved = self.checkpointer.latest()
         good = (
             f'the last good checkpoint is step {self.last_saved} in {self.checkpointer.folder}'
             if self.last_saved is not None
@@ -286,15 +292,26 @@ class Trainer:
         )
         for sentence in restored.skipped:
             self._warn(f'checkpoint not used: {sentence}')
+        for change in resume.settings_changed(restored.manifest['config'], self.config):
+            self._warn(f'resumed with another setting: {change}.')
         extra = restored.extra
         self.ledger = Ledger.from_dict(extra['ledger'])
         self.clock = Clock.from_dict(extra['clock'], devices=jax.device_count())
         self.energy.restore(extra['joules'])
         self.position, self.results = extra['position'], extra['results']
-        self.stage = int(restored.manifest['stage'])
+        self.stage = min(int(restored.manifest['stage']), len(self.runtime.stages) - 1)
         self.resumed_from = self.last_saved = restored.step
         self._book_waste()
         return restored.state
+
+    def _close(self) -> None:
+        """Ends outputs and background writing; hides no error that is on its way."""
+        self.bar.close()
+        self.writer.close()
+        try:
+            self.checkpointer.close()
+        except CheckpointError as error:
+            self._warn(str(error))
 
     def _save_due(self) -> bool:
         options = self.config['checkpoint']
@@ -310,8 +327,6 @@ class Trainer:
         self.saved_at = time.monotonic()
         self._write_row()
         self.writer.flush()
-        if self.last_saved == self.ledger.steps:
-            return
         manifest = resume.manifest(self.config, self.runtime.abstract['params'], self.stage)
         with self.clock('checkpoint'):
             extra = {
@@ -322,16 +337,18 @@ class Trainer:
                 'results': self.results,
             }
             try:
-                self.checkpointer.save(
-                    self.ledger.steps, self.state, manifest=manifest, extra=extra, block=block
-                )
+                if self.last_saved != self.ledger.steps:
+                    self.checkpointer.save(
+                        self.ledger.steps, self.state, manifest=manifest, extra=extra
+                    )
+                    self.last_saved = self.ledger.steps
+                if block:
+                    self.checkpointer.wait()
             except CheckpointError as error:
                 if self.config['checkpoint']['on_error'] == 'stop':
                     raise
                 self.last_saved = self.checkpointer.latest()
                 self._warn(f'{error} Training goes on.')
-                return
-        self.last_saved = self.ledger.steps
 
     def _book_waste(self) -> None:
         """Charges what an interrupted run did after its last checkpoint."""

@@ -5,11 +5,13 @@ interrupted. Numbers that are not finite are written as null (JSON has no NaN). 
 writes.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -55,6 +57,7 @@ class MetricsWriter:
         flush_seconds: float = 5.0,
     ):
         self._lines: list[str] = []
+        self._warned = False
         self._file = self._events = self._run = None
         self._flush_seconds = flush_seconds
         self._flushed = time.monotonic()
@@ -90,20 +93,28 @@ class MetricsWriter:
         self._flushed = time.monotonic()
         if self._file is None:
             return
-        self._file.write(''.join(self._lines))
-        self._lines.clear()
-        self._file.flush()
-        if self._events is not None:
-            self._events.flush()
+        lines, self._lines = ''.join(self._lines), []
+        # A full disk must not end the training: what was written stays in the file's buffer and
+        # is tried again with the next flush.
+        try:
+            self._file.write(lines)
+            self._file.flush()
+            if self._events is not None:
+                self._events.flush()
+        except OSError as e:
+            if not self._warned:
+                print(f'warning: metrics cannot be written ({e.strerror}).', file=sys.stderr)
+            self._warned = True
 
     def close(self) -> None:
         """Flushes and closes; may be called twice."""
         if self._file is None:
             return
         self.flush()
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        with contextlib.suppress(OSError):  # said in `flush`
+            self._file.close()
+            if self._events is not None:
+                self._events.close()
         if self._run is not None:
             self._run.finish()
         self._file = self._events = self._run = None

@@ -1,5 +1,6 @@
 """What a checkpoint says of its run, and whether a config may go on from it."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,13 +57,33 @@ def check_config(found: Mapping[str, Any], config: Mapping[str, Any], where: Any
     """
     keys = []
     for key in IDENTITY:
-        keys += _changed(found.get(key), config[key], key)
+        old, new = found.get(key), config[key]
+        if key == 'data':
+            old, new = _content(old), _content(new)
+        keys += _changed(old, new, key)
     if keys:
         more = f' (and {len(keys) - 5} more)' if len(keys) > 5 else ''
         raise CheckpointError(
             f'{where} belongs to another config, which differs in {"; ".join(keys[:5])}{more}. '
             'Give another --workdir, or the config that made it.'
         )
+
+
+def settings_changed(found: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Lists what a resumed run does otherwise from here on, without being another experiment."""
+    keys = [k for k in config if k not in (*IDENTITY, 'log', 'checkpoint', 'finish', 'execution')]
+    return [line for key in keys for line in _changed(found.get(key), config[key], key)]
+
+
+def _content(block: Any) -> Any:
+    """Returns a data block without what changes no sample: workers, cache, a path's spelling."""
+    if not isinstance(block, dict):
+        return block
+    out = {k: v for k, v in block.items() if k not in ('workers', 'cache')}
+    for key in ('path', 'valid_path'):
+        if out.get(key):
+            out[key] = os.path.normpath(out[key])
+    return out
 
 
 class _Form:

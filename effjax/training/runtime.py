@@ -65,7 +65,9 @@ class Runtime:
         self._sequence = self.task.data == 'text'
         self._evaluations = [self._plan_evaluations(stage) for stage in self.stages]
         self.precision = precision.build(self.config['precision'])
-        self.built = models.build(self.config, mesh=self.mesh)
+        # Built for the longest rows that any stage will ask for.
+        longest = {**self.config, 'seq_len': self._record}
+        self.built = models.build(longest, mesh=self.mesh)
         self.params = trees.count(self.built.abstract_state['params'])
         optimizer = self.optimizer(self.stages[0])
         scale, average = self.precision.loss_scale, bool(self.config['ema'])
@@ -189,7 +191,7 @@ class Runtime:
 
     def eval_cost(self, evaluation: evaluate.Evaluation) -> StepCost:
         """Returns what one run of an evaluation costs: forward passes only."""
-        size, length = evaluation.batch_size, self.config['seq_len']
+        size, length = evaluation.batch_size, evaluation.seq_len
         count = len(evaluation.source)
         examples, tokens = self.task.units(count * size, length)
         parts = {k: c.times(count) for k, c in self.built.model.cost(size, length).items()}

@@ -37,6 +37,7 @@ def check(config: Mapping[str, Any]) -> None:
         check_block(SCHEDULES, stage.config['schedule'], 'schedule', f'{where}.schedule')
         schedules.build(stage.config['schedule'])
     _check_evals(config)
+    _check_finish(config, task.data)
     causal_only = config['model']['kind'] == 'decoder'
     if task.data == 'image' and causal_only:
         raise ConfigError(
@@ -181,6 +182,22 @@ def _fill_image(model: dict[str, Any], info: Any) -> None:
             model[key] = value
         elif model[key] != value:
             raise ConfigError(f'config.model.{key} is {model[key]}, but the data has {value}.')
+
+
+def _check_finish(config: Mapping[str, Any], data: str) -> None:
+    options = config['finish']
+    if options['sample_tokens'] < 0:
+        raise ConfigError(
+            f'config.finish.sample_tokens must not be negative, got {options["sample_tokens"]}.'
+        )
+    for key in ('gzip', 'sample_tokens'):
+        if options[key] and data != 'text':
+            raise ConfigError(f'config.finish.{key} is for text, but the task reads {data} data.')
+    if options['gzip'] and config['data']['kind'] in ('prepared', 'mixture'):
+        raise ConfigError(
+            f'config.finish.gzip needs the text of its documents, which data source '
+            f'{config["data"]["kind"]!r} does not have; set it to false.'
+        )
 
 
 EVAL_KEYS = {'every_steps': 0, 'every_share': 0.0, 'batches': 0, 'split': 'valid', 'batch_size': 0}

@@ -63,9 +63,12 @@ def plan(config: Mapping[str, Any]) -> list[Stage]:
     if not base['stages']:
         return [Stage(0, 'main', base, unit, 0.0, total, False, total)]
     lengths = _lengths(base['stages'], unit, total)
-    out, start = [], 0.0
+    out, start, done = [], 0.0, 0.0
     for i, (stage, length) in enumerate(zip(base['stages'], lengths, strict=True)):
-        end = total if i == len(lengths) - 1 else start + length
+        done += length
+        end = total if i == len(lengths) - 1 else round(done) if unit == 'steps' else done
+        if end <= start:
+            raise ConfigError(f'config.stages.{i} would not last a single step.')
         changed = _apply(base, stage, i)
         name = stage.get('name', f'stage_{i}')
         out.append(Stage(i, name, changed, unit, start, end, 'schedule' in stage, total))
@@ -85,7 +88,7 @@ def _lengths(stages: list[dict[str, Any]], unit: str, total: float) -> list[floa
         length = stage['share'] * total if 'share' in stage else float(stage['steps'])
         if length <= 0:
             raise ConfigError(f'config.stages.{i} must last longer than nothing.')
-        lengths.append(round(length) if unit == 'steps' else length)
+        lengths.append(length)
     if abs(sum(lengths) - total) > 1e-6 * total:
         raise ConfigError(
             f'config.stages last {sum(lengths):g} {unit} together, but the run lasts {total:g}; '

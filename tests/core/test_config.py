@@ -71,6 +71,14 @@ def test_finish_copies():
         ('seed', 'has no value; write --config.seed=VALUE'),
         ('stages=({"bath_size": 2},)', "a stage cannot change 'bath_size'"),
         ('checkpoint.keep=0', 'config.checkpoint.keep must be at least 1'),
+        ('clip_norm=nan', "config.clip_norm must be float, got 'nan'"),
+        ('checkpoint.every_steps=-1', 'config.checkpoint.every_steps must be at least 0, got -1'),
+        ('lr_scales=(("(", 1.0),)', 'pairs (regular expression, factor)'),
+        ('widht=3', 'Known here: accumulate, batch_size'),
+        ('stages=({"share": "a"},)', "config.stages.0.share must be float, got 'a'"),
+        ('stages=({"share": 1.0, "clip_norm": -1.0},)', 'in config.stages.0: config.clip_norm'),
+        ('stages=({"share": 1.0, "batch_size": 0},)', 'in config.stages.0: config.batch_size'),
+        ('stages=({"share": 1.0, "data": "stdlib"},)', 'in config.stages.0: config.data must be'),
         ('budget=12', "budget '12' is not a number with a unit"),
         ('budget=12parsecs', 'write for example 240s, 20m'),
     ],
@@ -130,3 +138,16 @@ def test_json_round_trip():
 
     config = config_lib.finish(make(), ['stages=({"share": 0.5}, {"share": 0.5})'])
     assert config_lib.finish(json.loads(config_lib.as_json(config))) == config
+
+
+def test_a_variant_that_is_not_there(tmp_path):
+    file = tmp_path / 'one.py'
+    file.write_text(
+        'from effjax.core.config import defaults\n'
+        'def get_config():\n  c = defaults(); c.steps = 5; return c\n'
+    )
+    with pytest.raises(ConfigError, match="has no variants, got 'big'"):
+        config_lib.load(f'{file}:big')
+    file.write_text('import a_module_that_is_not_there\n')
+    with pytest.raises(ConfigError, match='cannot be loaded: No module named'):
+        config_lib.load(str(file))

@@ -1,6 +1,7 @@
 """Metrics: each step once, strict JSON, whatever interrupts the run."""
 
 import json
+import pathlib
 import sys
 import types
 
@@ -159,3 +160,14 @@ def test_json_file_is_old_or_new(tmp_path):
         write_json_atomic(path, {'bad': object()})
     assert json.loads(path.read_text())['loss'] is None
     assert [p.name for p in tmp_path.iterdir()] == ['summary.json']
+
+
+def test_a_full_disk_does_not_end_the_training(tmp_path, capfd):
+    writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
+    writer._file.close()
+    writer._file = pathlib.Path('/dev/full').open('w')
+    for step in (1, 2, 3):
+        writer.write({'step': step})
+        writer.flush()
+    writer.close()
+    assert capfd.readouterr().err.count('warning: metrics cannot be written (No space left') == 1

@@ -50,3 +50,11 @@ def test_stages_that_cannot_be(tiny, changes, message):
     with pytest.raises(ConfigError) as error:
         stages.plan(tiny(**changes))
     assert message in str(error.value)
+
+
+def test_shares_are_rounded_together(tiny):
+    third = 1 / 3
+    plan = stages.plan(tiny(steps=100, stages=({'share': third},) * 3))
+    assert [stage.end for stage in plan] == [33, 67, 100]
+    with pytest.raises(ConfigError, match='would not last a single step'):
+        stages.plan(tiny(steps=100, stages=({'share': 0.001}, {'share': 0.999})))
