@@ -5,9 +5,7 @@ from typing import Any
 
 import jax
 
-from effjax.core.errors import ConfigError
 from effjax.costs import meters, mfu
-from effjax.data.dataset import build_source
 from effjax.data.gzip_baseline import gzip_baseline
 from effjax.kernels import choices
 from effjax.models.decode import Sampling, complete
@@ -40,25 +38,11 @@ def summary(trainer: Any) -> dict[str, Any]:
     if trainer.stopped_by:
         return out
     if trainer.config['finish']['gzip']:
-        out['gzip_bits_per_byte'] = gzip_bits(trainer.config['data'])
+        held_out = runtime.dataset.documents('valid')
+        out['gzip_bits_per_byte'] = gzip_baseline(held_out)['bits_per_byte']
     if trainer.config['finish']['sample_tokens']:
         out['sample'] = sample(runtime, trainer.state)
     return out
-
-
-def gzip_bits(block: Mapping[str, Any]) -> float:
-    """Bits per byte of gzip -9 on a data block's held-out documents, each compressed by itself.
-
-    Raises:
-      ConfigError: data whose documents are not at hand (prepared shards, mixtures, images).
-    """
-    source = build_source(block, 'config.data')
-    if not hasattr(source, 'documents'):
-        raise ConfigError(
-            f'config.finish.gzip needs the text of its documents, which data source '
-            f'{block["kind"]!r} does not have; set it to false.'
-        )
-    return gzip_baseline(source.documents('valid'))['bits_per_byte']
 
 
 def sample(runtime: Any, state: Mapping[str, Any]) -> str:
