@@ -5,7 +5,9 @@ Give the text's path:
     python -m effjax.train --config=configs/shakespeare_char.py --config.data.path=input.txt
 
 The last 10 % of the text are held out by position and judged whole. nanoGPT's best is 1.4697 nats
-a character. Not yet measured here to the end.
+a character; here the lowest of a run is 1.4650 in the mean of three seeds (1.4630, 1.4675,
+1.4645), reached near step 2000, and the last is 1.69, in 44 seconds of training on one H200
+(experiments/shakespeare_char).
 """
 
 from effjax.core.config import defaults
