@@ -27,3 +27,7 @@ class DeviceError(EffjaxError, RuntimeError):
 
 class TrainingError(EffjaxError, RuntimeError):
     """Training that had to stop, such as a loss that is not finite."""
+
+
+class StudyError(EffjaxError, ValueError):
+    """A study that cannot be run or judged: unequal evaluations, missing seeds, stale results."""
