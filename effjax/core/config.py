@@ -39,6 +39,11 @@ _BUDGET_UNITS = {
     's': ('seconds', 1.0),
     'm': ('seconds', 60.0),
     'h': ('seconds', 3600.0),
+    'hwflops': ('hardware_flops', 1.0),
+    'j': ('joules', 1.0),
+    'ref_s': ('reference_seconds', 1.0),
+    'ref_m': ('reference_seconds', 60.0),
+    'ref_h': ('reference_seconds', 3600.0),
 }
 
 
@@ -46,9 +51,11 @@ def defaults() -> ConfigDict:
     """Returns the complete config with every default, to be changed by a config file."""
     config = ConfigDict()
     config.name = ''
-    config.seed = 0
+    config.seed = 0  # of data order, initial values and dropout
+    config.init_seed = -1  # of initial values alone; -1 takes `seed`
     # Extent: exactly one of the two. `budget` is a number with a unit: '240s', '20m', '3h',
-    # '1e9tokens', '3e17flops' (model FLOPs), '500steps', '60000examples'.
+    # '1e9tokens', '3e17flops' (model FLOPs), '500steps', '60000examples', '3e17hwflops' (hardware
+    # FLOPs), '2e5J' (joules), '10ref_m' (minutes of `reference`; also ref_s, ref_h).
     config.steps = 0
     config.budget = ''
 
@@ -98,6 +105,9 @@ def defaults() -> ConfigDict:
     config.log.tensorboard = True
     config.log.progress = True
     config.log.wandb = ''  # project name; needs the `wandb` extra
+
+    # A calibration table (`python -m effjax.calibrate`) to charge each step by; '' charges none.
+    config.reference = ''
 
     config.stages = ()  # dicts: see training.stages
     # What to do when training is done: compare bits per byte with gzip -9, generate a sample.
@@ -253,6 +263,9 @@ def _check_values(config: Mapping[str, Any]) -> None:
         block = config[name]
         if not isinstance(block, Mapping) or 'kind' not in block:
             raise ConfigError(f"config.{name} must be a block with a 'kind', got {block!r}.")
+    for key, least in (('seed', 0), ('init_seed', -1)):
+        if not least <= config[key] < 2**32:
+            raise ConfigError(f'config.{key} must be from {least} to 2^32 - 1, got {config[key]}.')
     for key in ('batch_size', 'seq_len', 'accumulate'):
         if config[key] < 1:
             raise ConfigError(f'config.{key} must be at least 1, got {config[key]}.')
@@ -301,7 +314,7 @@ def _check_scale(pair: Any, key: str) -> None:
 def extent(config: Mapping[str, Any]) -> tuple[str, float]:
     """Returns how long the run is, as (unit, amount).
 
-    The unit is 'steps', 'tokens', 'examples', 'model_flops' or 'seconds'.
+    The unit is one of `costs.ledger.UNITS`.
 
     Raises:
       ConfigError: neither or both of `steps` and `budget`, or a budget without a known unit.

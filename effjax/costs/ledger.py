@@ -15,7 +15,10 @@ from typing import Any
 
 from effjax.core.cost import Cost
 
-UNITS = ('steps', 'tokens', 'examples', 'model_flops', 'seconds')
+UNITS = (
+    'steps', 'tokens', 'examples', 'model_flops', 'hardware_flops', 'seconds', 'reference_seconds',
+    'joules',
+)  # fmt: skip
 _COUNTS = ('steps', 'examples', 'tokens', 'tokens_computed', 'optimizer_flops')
 _EVAL = 'eval'
 
@@ -31,6 +34,7 @@ class StepCost:
       examples: rows or images.
       tokens: tokens seen.
       tokens_computed: positions computed on: dropped tokens excluded, padding included.
+      reference_seconds: time on a reference machine by a calibration table, None without one.
     """
 
     parts: Mapping[str, float]
@@ -39,6 +43,7 @@ class StepCost:
     examples: int = 0
     tokens: int = 0
     tokens_computed: int = 0
+    reference_seconds: float | None = None
 
     @property
     def model_flops(self) -> int:
@@ -76,6 +81,7 @@ class Ledger:
         entry['tokens_computed'] += cost.tokens_computed
         entry['optimizer_flops'] += round(cost.optimizer_flops)
         entry['hardware_flops'] = _plus(entry['hardware_flops'], cost.hardware_flops)
+        entry['reference_seconds'] = _add(entry['reference_seconds'], cost.reference_seconds)
         for part, flops in cost.parts.items():
             entry['parts'][part] = entry['parts'].get(part, 0) + round(flops)
 
@@ -163,6 +169,14 @@ class Ledger:
         """FLOPs executed for the same, or None where some are not known."""
         return _hardware_flops(self._stages.values())
 
+    @property
+    def reference_seconds(self) -> float | None:
+        """Seconds on the reference machine, or None where some step was not charged by a table."""
+        out: float | None = 0.0
+        for entry in self._stages.values():
+            out = _add(out, entry['reference_seconds'])
+        return out if self._stages else None
+
     def progress(
         self, extent: tuple[str, float], *, seconds: float = 0.0, stage: str | None = None
     ) -> float:
@@ -199,6 +213,7 @@ class Ledger:
             'skipped': self._skipped,
             'model_flops': self.model_flops,
             'hardware_flops': self.hardware_flops,
+            'reference_seconds': self.reference_seconds,
             'parts': _merge(entry['parts'] for entry in entries),
             'forward': _merge(forward),
             'eval': dict(self._eval),
@@ -229,7 +244,10 @@ class Ledger:
         """Returns the ledger that `to_dict` saved."""
         ledger = cls()
         saved = copy.deepcopy(dict(saved))
-        ledger._stages = saved['stages']
+        ledger._stages = {  # a ledger saved before reference time existed knows none
+            name: {**entry, 'reference_seconds': entry.get('reference_seconds')}
+            for name, entry in saved['stages'].items()
+        }
         ledger._eval = saved['eval']
         ledger._skipped = saved['skipped']
         ledger._wasted = saved['wasted']
@@ -238,7 +256,13 @@ class Ledger:
     def _stage(self, name: str) -> dict[str, Any]:
         if name not in self._stages:
             counts = dict.fromkeys(_COUNTS, 0)
-            self._stages[name] = {**counts, 'hardware_flops': 0, 'parts': {}, 'forward': {}}
+            self._stages[name] = {
+                **counts,
+                'hardware_flops': 0,
+                'reference_seconds': 0.0,
+                'parts': {},
+                'forward': {},
+            }
         return self._stages[name]
 
     def _sum(self, key: str) -> int:
@@ -252,6 +276,11 @@ def _passes() -> dict[str, Any]:
 def _plus(total: int | None, more: float | None) -> int | None:
     """Adds; None (not known) stays None, so that a sum is never silently too small."""
     return None if total is None or more is None else total + round(more)
+
+
+def _add(total: float | None, more: float | None) -> float | None:
+    """As `_plus`, for seconds."""
+    return None if total is None or more is None else total + more
 
 
 def _model_flops(entry: Mapping[str, Any]) -> int:

@@ -17,6 +17,7 @@ from effjax.core.context import Context
 from effjax.core.cost import Cost
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
+from effjax.core.keys import branch
 from effjax.core.registry import arguments, check_block, lookup
 from effjax.layers.dropout import dropout
 from effjax.layers.ffn import FFNS
@@ -117,9 +118,10 @@ class Block(nnx.Module):
     norms: tuple[str, ...] = ()
 
     def __init__(self, ctx: Context, spec: BlockSpec, *, rngs: nnx.Rngs):
-        self.mixer = make_part(MIXERS, spec.mixer, f'{spec.path}.mixer', ctx, rngs=rngs)
+        mixer_rngs, ffn_rngs = branch(rngs, 'mixer'), branch(rngs, 'ffn')
+        self.mixer = make_part(MIXERS, spec.mixer, f'{spec.path}.mixer', ctx, rngs=mixer_rngs)
         self.ffn: Any = (
-            make_part(FFNS, spec.ffn, f'{spec.path}.ffn', ctx, rngs=rngs)
+            make_part(FFNS, spec.ffn, f'{spec.path}.ffn', ctx, rngs=ffn_rngs)
             if spec.ffn is not None
             else None
         )

@@ -21,6 +21,7 @@ from flax import nnx
 from effjax.core.context import Context
 from effjax.core.cost import Cost
 from effjax.core.info import SeqInfo
+from effjax.core.keys import branch
 from effjax.kernels import save_attention
 from effjax.models import blocks
 from effjax.models.plan import SegmentSpec
@@ -97,7 +98,8 @@ class Segment(nnx.Module):
             def make(r: nnx.Rngs, spec: blocks.BlockSpec = spec) -> nnx.Module:
                 return blocks.build(ctx, spec, rngs=r)
 
-            setattr(self, f'slot_{i}', stack(make, repeat // share, rngs.params()))
+            key = branch(rngs, f'slot_{i}').params()
+            setattr(self, f'slot_{i}', stack(make, repeat // share, key))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -221,10 +223,9 @@ class Body(nnx.Module):
         self.segments = len(plan)
         offset = 0
         for i, spec in enumerate(plan):
-            segment = Segment(
-                ctx, execution, spec.pattern, spec.repeat, spec.share, offset, rngs=rngs
-            )
-            setattr(self, f'segment_{i}', segment)
+            name = f'segment_{i}'
+            args = (spec.pattern, spec.repeat, spec.share, offset)
+            setattr(self, name, Segment(ctx, execution, *args, rngs=branch(rngs, name)))
             offset += spec.depth
 
     @property

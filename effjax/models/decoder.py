@@ -15,6 +15,7 @@ from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops, total
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
+from effjax.core.keys import branch
 from effjax.core.registry import check_block
 from effjax.layers.dropout import dropout as dropout_layer
 from effjax.layers.embeddings import TokenEmbedding
@@ -113,12 +114,14 @@ class Decoder(nnx.Module):
         self.policy = setup.policy
         self.embed_width = embed_width or width
         narrow = dataclasses.replace(ctx, width=self.embed_width)
-        self.embedding = TokenEmbedding(narrow, vocab_size, rngs=rngs)
-        self.embed_in = _product(ctx, embed_width, width, (None, 'embed'), rngs)
-        self.positions = additive(ctx, rngs=rngs)
-        self.embed_out = _product(ctx, width, embed_width, ('embed', None), rngs)
-        self.head = None if tied else _make_head(narrow, vocab_size, rngs)
-        self.body = bodies.Body(ctx, setup.execution, plan, rngs=rngs)
+        self.embedding = TokenEmbedding(narrow, vocab_size, rngs=branch(rngs, 'embedding'))
+        self.embed_in = _product(ctx, embed_width, width, (None, 'embed'), branch(rngs, 'embed_in'))
+        self.positions = additive(ctx, rngs=branch(rngs, 'positions'))
+        self.embed_out = _product(
+            ctx, width, embed_width, ('embed', None), branch(rngs, 'embed_out')
+        )
+        self.head = None if tied else _make_head(narrow, vocab_size, branch(rngs, 'head'))
+        self.body = bodies.Body(ctx, setup.execution, plan, rngs=branch(rngs, 'body'))
         self.norm = (
             blocks.make_part(NORMS, norm, 'config.model.norm', ctx, rngs=rngs)
             if final_norm

@@ -15,6 +15,7 @@ from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops, total
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
+from effjax.core.keys import branch
 from effjax.core.registry import check_block
 from effjax.layers.dropout import dropout as dropout_layer
 from effjax.layers.norms import NORMS
@@ -95,8 +96,8 @@ class ViT(nnx.Module):
             dropout=dropout,
             init=init,
         )
-        self._make_embedding(ctx, rngs)
-        self.body = bodies.Body(ctx, setup.execution, plan, rngs=rngs)
+        self._make_embedding(ctx, branch(rngs, 'embedding'))
+        self.body = bodies.Body(ctx, setup.execution, plan, rngs=branch(rngs, 'body'))
         self.norm = blocks.make_part(NORMS, norm, 'config.model.norm', ctx, rngs=rngs)
         # A zero head gives equal probabilities at first, as in the paper's fine-tuning.
         dtype = setup.policy.param_dtype
@@ -108,7 +109,7 @@ class ViT(nnx.Module):
         kernel = inner**-0.5 * jax.random.normal(rngs.params(), (inner, ctx.width), dtype)
         self.patch_kernel = param(kernel, ('patch', 'embed'))
         self.patch_bias = param(jnp.zeros(ctx.width, dtype), ('embed',), no_decay=True)
-        self.positions = Learned(ctx, rngs=rngs)
+        self.positions = Learned(ctx, rngs=branch(rngs, 'positions'))
         self.cls_token = (
             param(jnp.zeros(ctx.width, dtype), ('embed',), no_decay=True) if self.cls else None
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax.core.cost import Cost
@@ -25,7 +26,7 @@ class CompiledStep:
     """An executable train step.
 
     Attributes:
-      call: `(state, batch, lr) -> (state, float32 [metrics])`; the state is donated.
+      call: `(state, batch, lr, seed) -> (state, float32 [metrics])`; the state is donated.
       names: the metrics behind the vector, in order.
       cost: what one call costs.
       memory: bytes a device needs while it runs, as the compiler plans it, by kind.
@@ -38,8 +39,8 @@ class CompiledStep:
     memory: dict[str, int] | None
     options: dict[str, Any]
 
-    def __call__(self, state: Any, batch: Any, lr: Any) -> Any:
-        return self.call(state, batch, lr)
+    def __call__(self, state: Any, batch: Any, lr: Any, seed: Any) -> Any:
+        return self.call(state, batch, np.float32(lr), np.uint32(seed))
 
 
 def compile_train(
@@ -53,11 +54,12 @@ def compile_train(
     units: tuple[int, int],
     optimizer_flops: float,
     options: Mapping[str, Any] | None = None,
+    reference_seconds: float | None = None,
 ) -> CompiledStep:
     """Traces a step once, walks its jaxpr for hardware FLOPs, and compiles it.
 
     Args:
-      raw: `step(state, batch, lr) -> (state, metrics)`.
+      raw: `step(state, batch, lr, seed) -> (state, metrics)`.
       state: the state's shapes and dtypes.
       shardings: a sharding for each leaf of the state.
       batch: a placed batch; its shapes and shardings are the step's.
@@ -66,23 +68,25 @@ def compile_train(
       units: (examples, tokens) of one batch.
       optimizer_flops: FLOPs of one update.
       options: compiler options over the platform's `COMPILER_OPTIONS`.
+      reference_seconds: what a calibration table charges for one step, None without a table.
     """
     names: list[str] = []
 
-    def step(state: Any, batch: Any, lr: jax.Array):
-        state, metrics = raw(state, batch, lr)
+    def step(state: Any, batch: Any, lr: jax.Array, seed: jax.Array):
+        state, metrics = raw(state, batch, lr, seed)
         names[:] = sorted(metrics)
         return state, jnp.stack([metrics[name] for name in names])
 
     replicated = NamedSharding(mesh, PartitionSpec())
     jitted = jax.jit(
         step,
-        in_shardings=(shardings, {k: v.sharding for k, v in batch.items()}, replicated),
+        in_shardings=(shardings, {k: v.sharding for k, v in batch.items()}, *[replicated] * 2),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
     shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
-    traced = jitted.trace(state, shapes, jax.ShapeDtypeStruct((), jnp.float32))
+    scalars = (jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.uint32))
+    traced = jitted.trace(state, shapes, *scalars)
     merged = {**COMPILER_OPTIONS.get(jax.default_backend(), {}), **(options or {})}
     lowered = traced.lower()
     try:
@@ -99,5 +103,6 @@ def compile_train(
         examples=examples,
         tokens=tokens,
         tokens_computed=tokens,
+        reference_seconds=reference_seconds,
     )
     return CompiledStep(compiled, tuple(names), cost, compiled_memory(compiled), merged)

@@ -75,6 +75,20 @@ class Trainer:
         self.warnings: list[str] = []
         self.stopped_by: str | None = None
         self._agreement = Agreement()
+        self._check_energy()
+
+    def _check_energy(self) -> None:
+        if self.runtime.stages[0].unit != 'joules':
+            return
+        if jax.process_count() > 1:
+            raise ConfigError(
+                'config.budget in joules works in one process: a meter sees its own host alone.'
+            )
+        if self.energy.joules() is None:
+            raise ConfigError(
+                'config.budget counts joules, which nothing measures here (it takes an NVIDIA GPU '
+                'and the nvidia-ml-py package); count flops, seconds or tokens instead.'
+            )
 
     # ---- the run ---------------------------------------------------------------------------
 
@@ -159,7 +173,7 @@ class Trainer:
     ) -> _InFlight:
         batch, position, _ = item
         before, self.position = self.position, position
-        self.state, vector = compiled(self.state, batch, np.float32(lr))
+        self.state, vector = compiled(self.state, batch, lr, self.config['seed'])
         self.ledger.add_step(compiled.cost, stage=stage.name)
         row = {
             'step': self.ledger.steps,
@@ -170,6 +184,8 @@ class Trainer:
             'model_flops': self.ledger.model_flops,
             'hardware_flops': self.ledger.hardware_flops,
         }
+        if self.ledger.reference_seconds is not None:
+            row['reference_seconds'] = self.ledger.reference_seconds
         assert before is not None
         return _InFlight(vector, row, before)
 
@@ -179,6 +195,8 @@ class Trainer:
         self._write_row()
         self.row = {**flight.row, **values, 'seconds': self._seconds()}
         self.row.pop('weight')
+        if stage.unit == 'joules':
+            self.row['joules'] = self.energy.joules()
         self.row['tokens_per_second'] = self.speed.update(
             self.row['step'], self.row['seconds'], compiled.cost.tokens
         )
@@ -233,17 +251,27 @@ class Trainer:
         return self.clock.seconds('train') + self.clock.seconds('data')
 
     def _used(self, unit: str) -> float:
-        if unit != 'seconds':
-            return float(getattr(self.ledger, unit))
-        # The one budget that no two machines agree on: process 0 decides for all.
-        return float(parallel.broadcast(np.float64(self._seconds())))
+        if unit == 'joules':
+            return self.energy.joules() or 0.0
+        if unit == 'seconds':
+            # The one budget that no two machines agree on: process 0 decides for all.
+            return float(parallel.broadcast(np.float64(self._seconds())))
+        return float(getattr(self.ledger, unit) or 0.0)
 
     def _step_extent(self, stage: Stage, compiled: CompiledStep) -> float:
         if stage.unit == 'steps':
             return 1.0
         if stage.unit == 'seconds':
             return float(parallel.broadcast(np.float64(self.speed.seconds_per_step)))
-        return float(getattr(compiled.cost, stage.unit))
+        if stage.unit == 'joules':
+            return self._used('joules') / max(self.ledger.steps, 1)
+        size = getattr(compiled.cost, stage.unit)
+        if size is None:
+            raise ConfigError(
+                f'config.budget counts {stage.unit}, which are not known for this step; '
+                'count tokens, flops or steps instead.'
+            )
+        return float(size)
 
     def _stopping(self) -> bool:
         """Whether any process has been asked to stop; the same answer in all of them."""

@@ -17,6 +17,9 @@ _KEYS = {
     'tokens': 'tokens',
     'examples': 'examples',
     'model_flops': 'model_flops',
+    'hardware_flops': 'hardware_flops',
+    'reference_seconds': 'reference_seconds',
+    'joules': 'joules',
     'seconds': 'seconds',
 }
 
@@ -51,7 +54,7 @@ class Progress:
     """A bar on a terminal; elsewhere a line each tenth of the way, and at least each half minute.
 
     Args:
-      unit: what `total` counts: 'steps', 'tokens', 'examples', 'model_flops' or 'seconds'.
+      unit: what `total` counts: 'steps', one of `costs.UNITS`.
       total: where the run ends.
       stream: where to write; None is stderr.
       line_seconds: most seconds between two plain lines.

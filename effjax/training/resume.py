@@ -9,7 +9,7 @@ from effjax.core.errors import CheckpointError
 
 # A run that changes one of these is another experiment; anything else (extent, mesh, logging,
 # checkpoint policy, evaluations, execution) may change on resume.
-IDENTITY = ('seed', 'data', 'task', 'model', 'precision', 'optimizer')
+IDENTITY = ('seed', 'init_seed', 'data', 'task', 'model', 'precision', 'optimizer')
 
 
 def manifest(config: Mapping[str, Any], params: Any, stage: int) -> dict[str, Any]:

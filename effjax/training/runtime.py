@@ -15,6 +15,7 @@ from effjax import data, models, parallel, precision
 from effjax.core import trees
 from effjax.core.config import as_dict
 from effjax.costs import StepCost
+from effjax.costs.reference import reference_seconds
 from effjax.training import ema, evaluate, optimizers, setup
 from effjax.training import state as state_lib
 from effjax.training import step as step_lib
@@ -84,7 +85,8 @@ class Runtime:
             self.precision.loss_scale,
             bool(self.config['ema']),
         )
-        key = jax.random.key(self.config['seed'])
+        first = self.config['init_seed']
+        key = jax.random.key(self.config['seed'] if first < 0 else first)
         return parallel.init_sharded(init, self.shardings, key)
 
     def abstract_sharded(self) -> dict[str, Any]:
@@ -167,7 +169,6 @@ class Runtime:
             clip_norm=stage.config['clip_norm'],
             accumulate=stage.config['accumulate'],
             ema=average,
-            seed=self.config['seed'],
         )
 
     def costs(self, stage: Stage) -> dict[str, Any]:
@@ -187,6 +188,7 @@ class Runtime:
             units=self.task.units(config['batch_size'], config['seq_len']),
             optimizer_flops=self.optimizer(stage).flops(self.abstract['params']),
             options=config['execution']['compiler_options'],
+            reference_seconds=reference_seconds(config),
         )
 
     def eval_cost(self, evaluation: evaluate.Evaluation) -> StepCost:

@@ -65,7 +65,7 @@ def initialiser(
     """Returns `f(key) -> state`, to be jitted with the state's shardings."""
 
     def init(key: jax.Array) -> State:
-        _, arrays = models.split(built.make(nnx.Rngs(key)))
+        _, arrays = models.split(built.make(nnx.Rngs(params=key)))
         params = arrays['params']
         return {
             'params': params,

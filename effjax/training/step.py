@@ -23,9 +23,8 @@ def make_train_step(
     clip_norm: float = 0.0,
     accumulate: int = 1,
     ema: Callable[[Any, Any], Any] | None = None,
-    seed: int = 0,
-) -> Callable[[State, Batch, jax.Array], tuple[State, dict[str, jax.Array]]]:
-    """Returns `step(state, batch, lr) -> (state, metrics)`.
+) -> Callable[[State, Batch, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]:
+    """Returns `step(state, batch, lr, seed) -> (state, metrics)`.
 
     The gradient is that of the weighted mean over the whole batch, whatever the number of
     microbatches and however unequal their weights. A step whose loss or gradient is not finite
@@ -39,13 +38,14 @@ def make_train_step(
       clip_norm: clips the gradient's global norm; 0 leaves it alone.
       accumulate: microbatches a step; rows must divide by it.
       ema: `f(average, params) -> average`, or None.
-      seed: randomness is folded from (seed, stage, step, microbatch, layer).
 
     Returns:
-      The step. `lr` is a float32 scalar; metrics are float32 scalars.
+      The step. `lr` is a float32 scalar and `seed` a uint32 scalar, from which, with stage, step,
+      microbatch and layer, all randomness is folded: an argument, so that all seeds share one
+      executable. Metrics are float32 scalars.
     """
 
-    def gradients(state: State, batch: Batch):
+    def gradients(state: State, batch: Batch, seed: jax.Array):
         elements = batch['weights'].size  # a constant that keeps the sum's gradient near 1
         scale = state['loss_scale']['scale'] if loss_scale else 1.0
         key = jax.random.fold_in(jax.random.key(seed), state['stage'])
@@ -64,9 +64,9 @@ def make_train_step(
             grads, sums = _accumulate(grad, state['params'], batch, accumulate)
         return grads, sums, elements / scale
 
-    def step(state: State, batch: Batch, lr: jax.Array):
-        chex.assert_shape(lr, ())
-        grads, (loss, weight, aux), factor = gradients(state, batch)
+    def step(state: State, batch: Batch, lr: jax.Array, seed: jax.Array):
+        chex.assert_shape((lr, seed), ())
+        grads, (loss, weight, aux), factor = gradients(state, batch, seed)
         factor = factor / jnp.maximum(weight, 1e-20)
         norm = optax.tree.norm(grads).astype(jnp.float32) * factor
         if clip_norm:

@@ -65,7 +65,9 @@ def make(**options):
         'step': jnp.int32(0),
         'stage': jnp.int32(0),
     }
-    return step.make_train_step(graphdef, Regression(), Sgd(), **options), state
+    seed = jnp.uint32(options.pop('seed', 0))
+    raw = step.make_train_step(graphdef, Regression(), Sgd(), **options)
+    return (lambda state, batch, lr: raw(state, batch, lr, seed)), state
 
 
 def data(rows=8, seed=0):

@@ -57,7 +57,7 @@ def bare(compiled, state, batches, steps: int) -> float:
     """Returns seconds a step of the compiled step alone, one step in flight as in the loop."""
     ended, last = [], None
     for i in range(steps):
-        state, vector = compiled(state, batches[i % len(batches)], np.float32(1e-4))
+        state, vector = compiled(state, batches[i % len(batches)], 1e-4, 0)
         if last is not None:
             np.asarray(last)
             ended.append(time.perf_counter())

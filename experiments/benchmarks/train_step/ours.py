@@ -95,7 +95,7 @@ def bench(shape: Shape, steps: int, rounds: int = 5, overrides: tuple[str, ...] 
     for r in range(rounds + 1):  # the first round warms up
         started = time.perf_counter()
         for _ in range(steps if r else min(steps, 3)):
-            state, metrics = compiled(state, next(taken), lr)
+            state, metrics = compiled(state, next(taken), lr, 0)
         metrics.block_until_ready()
         seconds.append((time.perf_counter() - started) / steps)
     memory = compiled.memory or {}
