@@ -27,6 +27,7 @@ from effjax.data.documents import Document
 
 SOURCES = {
     'digits': 'effjax.data.sources.digits:Digits',
+    'idx': 'effjax.data.sources.idx:Idx',
     'images': 'effjax.data.sources.folder:ImageFolder',
     'jsonl': 'effjax.data.sources.jsonl:Jsonl',
     'mixture': 'effjax.data.mixture:Mixture',

@@ -112,6 +112,30 @@ class Dataset(Protocol):
         ...
 
 
+class InBatches:
+    """Iteration over a fixed list of rows or images; a subclass makes the batch of a slice."""
+
+    def __init__(self, count: int, batch_size: int):
+        """Sets the number of rows and how many make a batch; the last may have fewer."""
+        self._count = count
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(self._count / self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f'batch {index} of {len(self)}')
+        return self._make(slice(index * self._batch_size, (index + 1) * self._batch_size))
+
+    def _make(self, chosen: slice) -> Batch:
+        """Returns the batch of these rows, padded to `batch_size`."""
+        raise NotImplementedError
+
+
 # ------------------------------------------------------------------------------------------ text
 
 
@@ -224,7 +248,7 @@ class TextDataset:
         return TextPart(member.name, key, prepared.splits[split], self._packing, member.share)
 
 
-class TextEvalBatches:
+class TextEvalBatches(InBatches):
     """Rows of a split in the order of its text."""
 
     def __init__(self, parts: list[TextPart], batch_size: int, seq_len: int, batches: int):
@@ -237,7 +261,6 @@ class TextEvalBatches:
           batches: how many; 0 is all.
         """
         self._parts = parts
-        self._batch_size = batch_size
         self._seq_len = seq_len
         rows = [
             packing.make_order(p.packing, p.tokens, seq_len, 0).held_out(seq_len) for p in parts
@@ -247,22 +270,13 @@ class TextEvalBatches:
         chosen = _spread(len(self._rows), batches * batch_size)
         if chosen is not None:
             self._part, self._rows = self._part[chosen], self._rows[chosen]
+        super().__init__(len(self._rows), batch_size)
         covered = [covers(p.tokens, self._rows[self._part == i]) for i, p in enumerate(parts)]
         self.tokens = sum(tokens for tokens, _ in covered)
         self.bytes = round(sum(size for _, size in covered))
 
-    def __len__(self) -> int:
-        return math.ceil(len(self._rows) / self._batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self[i] for i in range(len(self)))
-
-    def __getitem__(self, index: int) -> Batch:
-        if not 0 <= index < len(self):
-            raise IndexError(f'batch {index} of {len(self)}')
-        size = self._batch_size
-        rows = self._rows[index * size : (index + 1) * size]
-        owner = self._part[index * size : (index + 1) * size]
+    def _make(self, chosen: slice) -> Batch:
+        size, rows, owner = self._batch_size, self._rows[chosen], self._part[chosen]
         out: Batch = {}
         for i, part in enumerate(self._parts):
             mine = np.flatnonzero(owner == i)
@@ -366,7 +380,7 @@ class ImageDataset:
         return examples
 
 
-class ImageEvalBatches:
+class ImageEvalBatches(InBatches):
     """Images of a split in their own order."""
 
     bytes = 0
@@ -380,23 +394,13 @@ class ImageEvalBatches:
           batches: how many; 0 is all.
         """
         self._examples = examples
-        self._batch_size = batch_size
         chosen = _spread(len(examples), batches * batch_size)
         self._index = np.arange(len(examples)) if chosen is None else chosen
+        super().__init__(len(self._index), batch_size)
         self.tokens = len(self._index)
 
-    def __len__(self) -> int:
-        return math.ceil(len(self._index) / self._batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (self[i] for i in range(len(self)))
-
-    def __getitem__(self, index: int) -> Batch:
-        if not 0 <= index < len(self):
-            raise IndexError(f'batch {index} of {len(self)}')
-        size = self._batch_size
-        chosen = self._index[index * size : (index + 1) * size]
-        return sampler.image_batch(self._examples, chosen, size)
+    def _make(self, chosen: slice) -> Batch:
+        return sampler.image_batch(self._examples, self._index[chosen], self._batch_size)
 
 
 # -------------------------------------------------------------------------------------- building

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from effjax.core.errors import ConfigError, DataError
+from effjax.core.errors import DataError
 from effjax.data import split as splitting
 
 SHOWN = 20  # skipped ids that `describe` lists by name; the count is always complete
@@ -60,12 +60,10 @@ class DocumentSource:
         Raises:
           ConfigError: `valid_fraction` is not in [0, 1).
         """
-        if not 0 <= valid_fraction < 1:
-            raise ConfigError(f'valid_fraction must be in [0, 1), got {valid_fraction}.')
         self.name = name
         self.valid_fraction = float(valid_fraction)
         self.one_document = one_document
-        self.splits = ('train', 'valid') if valid_fraction > 0 or own_valid else ('train',)
+        self.splits = splitting.names(valid_fraction, own_valid)
         self._own_valid = own_valid
         self._skipped: dict[str, str] = {}
         self._empty: set[str] = set()
@@ -89,11 +87,7 @@ class DocumentSource:
         Raises:
           DataError: no such split, or a split without a document.
         """
-        if split not in self.splits:
-            raise DataError(
-                f'source {self.name!r} has no split {split!r}; it has {", ".join(self.splits)}.'
-                + (' Set valid_fraction above 0.' if split == 'valid' else '')
-            )
+        splitting.check(split, self.splits, self.name)
         return self._stream(split)
 
     def describe(self) -> dict[str, Any]:

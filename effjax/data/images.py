@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from effjax.core.errors import ConfigError, DataError
+from effjax.core.errors import DataError
 from effjax.data import cache
 from effjax.data import split as splitting
 
@@ -101,14 +101,12 @@ class ImageSource:
         Raises:
           ConfigError: `valid_fraction` is not in [0, 1).
         """
-        if not 0 <= valid_fraction < 1:
-            raise ConfigError(f'valid_fraction must be in [0, 1), got {valid_fraction}.')
         self.name = name
         self.valid_fraction = float(valid_fraction)
         self.image_shape = image_shape
         self.class_names = tuple(class_names)
         self.classes = len(self.class_names)
-        self.splits = ('train', 'valid') if valid_fraction > 0 or own_valid else ('train',)
+        self.splits = splitting.names(valid_fraction, own_valid)
         self._own_valid = own_valid
         self._indexed: dict[str, Index] = {}
 
@@ -134,11 +132,7 @@ class ImageSource:
         Raises:
           DataError: no such split, or a split without an example.
         """
-        if split not in self.splits:
-            raise DataError(
-                f'source {self.name!r} has no split {split!r}; it has {", ".join(self.splits)}.'
-                + (' Set valid_fraction above 0.' if split == 'valid' else '')
-            )
+        splitting.check(split, self.splits, self.name)
         part = split if self._own_valid else 'all'
         index = self._index(part)
         if not self._own_valid:

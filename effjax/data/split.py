@@ -4,6 +4,8 @@ import hashlib
 
 import numpy as np
 
+from effjax.core.errors import ConfigError, DataError
+
 
 def digest(content: bytes) -> bytes:
     """Returns the 16-byte BLAKE2b digest of an example's content."""
@@ -35,3 +37,31 @@ def indices(digests: list[bytes], split: str, valid_fraction: float) -> np.ndarr
     """Returns the positions, int64 and ascending, of the examples that belong to a split."""
     valid = np.array([fraction_of(d) < valid_fraction for d in digests], dtype=bool)
     return np.flatnonzero(valid if split == 'valid' else ~valid)
+
+
+def names(valid_fraction: float, own_valid: bool) -> tuple[str, ...]:
+    """Returns the splits of a source: 'train', and 'valid' where anything is held out.
+
+    Args:
+      valid_fraction: part held out by content or position.
+      own_valid: the source has a held-out part of its own.
+
+    Raises:
+      ConfigError: `valid_fraction` is not in [0, 1).
+    """
+    if not 0 <= valid_fraction < 1:
+        raise ConfigError(f'valid_fraction must be in [0, 1), got {valid_fraction}.')
+    return ('train', 'valid') if valid_fraction > 0 or own_valid else ('train',)
+
+
+def check(split: str, splits: tuple[str, ...], source: str) -> None:
+    """Checks that a source has a split.
+
+    Raises:
+      DataError: it has not.
+    """
+    if split not in splits:
+        raise DataError(
+            f'source {source!r} has no split {split!r}; it has {", ".join(splits)}.'
+            + (' Set valid_fraction above 0.' if split == 'valid' else '')
+        )
