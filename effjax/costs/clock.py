@@ -64,20 +64,6 @@ class Clock:
         times = self._device_seconds
         return sum(times.values()) if kind is None else times[kind]
 
-    def move(self, source: str, target: str, seconds: float) -> None:
-        """Moves seconds already booked (at most all of them) from one kind to another.
-
-        For time that is told afterwards, such as a loader's report of how long it was waited for.
-        """
-        self._book()
-        moved = min(max(0.0, seconds), self._seconds[source])
-        for times, amount in (
-            (self._seconds, moved),
-            (self._device_seconds, moved * self.devices),
-        ):
-            times[source] -= amount
-            times[target] += amount
-
     def to_dict(self) -> dict[str, Any]:
         """Returns wall seconds by kind, and `device_seconds` by kind; JSON, restored exactly."""
         self._book()

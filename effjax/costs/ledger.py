@@ -177,33 +177,6 @@ class Ledger:
             out = _add(out, entry['reference_seconds'])
         return out if self._stages else None
 
-    def progress(
-        self, extent: tuple[str, float], *, seconds: float = 0.0, stage: str | None = None
-    ) -> float:
-        """Returns how much of an extent is done, in [0, 1], as a float64.
-
-        Args:
-          extent: (unit, amount) as `core.config.extent` gives it.
-          seconds: training seconds so far; needed for the unit 'seconds' only.
-          stage: count this stage alone; None counts the run.
-
-        Raises:
-          ValueError: an unknown unit.
-        """
-        unit, amount = extent
-        if unit not in UNITS:
-            raise ValueError(f'unknown unit {unit!r} of progress; known: {", ".join(UNITS)}.')
-        stages = list(self._stages.values())
-        if stage is not None:
-            stages = [self._stages[stage]] if stage in self._stages else []
-        if unit == 'seconds':
-            done = seconds
-        elif unit == 'model_flops':
-            done = sum(_model_flops(entry) for entry in stages)
-        else:
-            done = sum(entry[unit] for entry in stages)
-        return min(1.0, done / amount)
-
     def totals(self) -> dict[str, Any]:
         """Returns the sums that summary.json shows, with `parts`, `forward` and `stages`."""
         entries = list(self._stages.values())

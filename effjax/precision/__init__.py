@@ -5,7 +5,7 @@ names. Softmax, norm statistics, losses, log-decays and recurrent states are flo
 """
 
 from effjax.precision.kinds import Precision, build
-from effjax.precision.loss_scale import DynamicLossScale, all_finite
+from effjax.precision.loss_scale import DynamicLossScale
 
 PRECISIONS = {
     'bf16': 'effjax.precision.kinds:bf16',
@@ -14,4 +14,4 @@ PRECISIONS = {
     'fp32': 'effjax.precision.kinds:fp32',
 }
 
-__all__ = ['PRECISIONS', 'DynamicLossScale', 'Precision', 'all_finite', 'build']
+__all__ = ['PRECISIONS', 'DynamicLossScale', 'Precision', 'build']

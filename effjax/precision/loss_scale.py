@@ -1,7 +1,6 @@
 """Dynamic loss scaling for float16: pure functions on a dict of scalars."""
 
 import dataclasses
-from typing import Any
 
 import chex
 import jax
@@ -53,15 +52,6 @@ class DynamicLossScale:
             'skipped': jnp.zeros((), jnp.int32),
         }
 
-    def scale(self, loss: jax.Array, state: dict[str, jax.Array]) -> jax.Array:
-        """Returns the loss times the scale, in float32."""
-        return loss.astype(jnp.float32) * state['scale']
-
-    def unscale(self, grads: Any, state: dict[str, jax.Array]) -> Any:
-        """Returns gradients of the loss itself, in float32, from those of the scaled loss."""
-        inverse = 1.0 / state['scale']
-        return jax.tree.map(lambda g: g.astype(jnp.float32) * inverse, grads)
-
     def update(self, state: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax.Array]:
         """Returns the state after a step.
 
@@ -79,9 +69,3 @@ class DynamicLossScale:
             'good_steps': jnp.where(finite & (good < self.interval), good, 0),
             'skipped': state['skipped'] + jnp.where(finite, 0, 1),
         }
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Returns a boolean scalar: whether every element of every leaf is finite."""
-    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(leaves)) if leaves else jnp.array(True)

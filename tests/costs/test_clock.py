@@ -97,18 +97,6 @@ def test_saved_and_restored_on_other_devices():
     assert again.seconds() == pytest.approx(10.1)
 
 
-def test_move_never_makes_a_kind_negative():
-    timer = FakeTime()
-    clock = Clock(now=timer, devices=2)
-    with clock('train'):
-        timer.wait(10)
-        clock.move('train', 'data', 3)
-        clock.move('train', 'data', -1)
-        clock.move('train', 'eval', 100)
-    assert [clock.seconds(k) for k in ('train', 'data', 'eval')] == [0, 3, 7]
-    assert [clock.device_seconds(k) for k in ('train', 'data', 'eval')] == [0, 6, 14]
-
-
 def test_a_timer_that_steps_back_takes_nothing_away():
     timer = FakeTime()
     clock = Clock(now=timer)

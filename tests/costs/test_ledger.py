@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from effjax.core.cost import Cost
 from effjax.costs import Ledger, StepCost
 
@@ -53,8 +51,6 @@ def test_restored_ledger_goes_on_with_the_same_numbers():
     again = stepped(5, first, stage='long')
     assert again.to_dict() == whole.to_dict()
     assert again.totals() == whole.totals()
-    for extent in (('model_flops', 3.3e18), ('tokens', 1111.0), ('steps', 13.0)):
-        assert again.progress(extent) == whole.progress(extent)
     assert json.dumps(again.to_dict()) == json.dumps(whole.to_dict())
 
 
@@ -73,21 +69,6 @@ def test_stages_stand_apart_and_add_up():
     assert list(stages) == ['short', 'long']
     assert [s['steps'] for s in stages.values()] == [2, 5]
     assert sum(s['model_flops'] for s in stages.values()) == ledger.model_flops == 7 * MODEL
-    assert ledger.progress(('steps', 10)) == 0.7
-    assert ledger.progress(('steps', 10), stage='long') == 0.5
-    assert ledger.progress(('model_flops', 4 * MODEL), stage='short') == 0.5
-    assert ledger.progress(('tokens', 10), stage='not begun') == 0.0
-
-
-def test_progress():
-    ledger = stepped(3)
-    assert Ledger().progress(('steps', 3.0)) == 0.0
-    assert ledger.progress(('steps', 4.0)) == 0.75
-    assert ledger.progress(('examples', 24.0)) == 0.5
-    assert ledger.progress(('tokens', 200.0)) == 1.0  # never beyond the end
-    assert ledger.progress(('seconds', 240.0), seconds=60.0) == 0.25
-    with pytest.raises(ValueError, match="unknown unit 'epochs' of progress; known: steps"):
-        ledger.progress(('epochs', 1.0))
 
 
 def test_forward_passes_are_charged_once_and_evaluation_is_not():
@@ -129,8 +110,7 @@ def test_waste_is_no_progress():
     assert totals['wasted'] == {
         'steps': 3, 'tokens': 200, 'model_flops': 2 * MODEL, 'hardware_flops': 0, 'seconds': 3.5,
     }  # fmt: skip
-    assert totals['steps'] == 4
-    assert ledger.progress(('steps', 8)) == 0.5
+    assert totals['steps'] == ledger.steps == 4
 
 
 def test_skipped_steps_are_charged_and_counted():

@@ -67,7 +67,8 @@ def _train(sizes, kind):
 
         def step(params, state, batch, lr):
             loss, grads = jax.value_and_grad(_loss)(params, batch)
-            grads, norm = optimizers.clip_by_global_norm(grads, 0.5)
+            norm = optax.tree.norm(grads)
+            grads = optax.tree.scale(jnp.minimum(1.0, 0.5 / norm), grads)
             updates, state = optimizer.update(grads, state, params, lr)
             return optax.apply_updates(params, updates), state, (loss, norm)
 

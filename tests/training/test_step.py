@@ -40,6 +40,15 @@ class Regression:
         return {'loss': (loss, weight)}
 
 
+class Faint(Regression):
+    """A float16 product with gradients near 2^-26, below float16's smallest number, 2^-24."""
+
+    def loss(self, model, batch, info):
+        product = model.w[...].astype(jnp.float16) * jnp.float16(1.0)
+        weight = jnp.sum(batch['weights'])
+        return jnp.sum(product.astype(jnp.float32)) * weight * 2.0**-26, weight, {}
+
+
 class Sgd:
     """The smallest optimizer that obeys the contract."""
 
@@ -65,8 +74,8 @@ def make(**options):
         'step': jnp.int32(0),
         'stage': jnp.int32(0),
     }
-    seed = jnp.uint32(options.pop('seed', 0))
-    raw = step.make_train_step(graphdef, Regression(), Sgd(), **options)
+    seed, task = jnp.uint32(options.pop('seed', 0)), options.pop('task', Regression())
+    raw = step.make_train_step(graphdef, task, Sgd(), **options)
     return (lambda state, batch, lr: raw(state, batch, lr, seed)), state
 
 
@@ -111,6 +120,17 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before():
     assert metrics['grad_norm'] > 0.01
 
 
+@pytest.mark.parametrize('weights', [1.0, 0.0])
+def test_clipping_leaves_a_gradient_below_the_bound_exactly_alone(weights):
+    batch = data() | {'weights': jnp.full(8, weights)}  # all 0: a gradient of zeros
+    plain, state = make()
+    clipped, _ = make(clip_norm=1e6)
+    expected, _ = jax.jit(plain)(state, batch, jnp.float32(0.1))
+    found, metrics = jax.jit(clipped)(state, batch, jnp.float32(0.1))
+    chex.assert_trees_all_equal(found['params'], expected['params'])
+    assert metrics['skipped'] == 0.0 and (metrics['grad_norm'] > 0) == bool(weights)
+
+
 def test_a_step_that_is_not_finite_changes_nothing_but_its_count():
     train, state = make(ema=lambda e, p: ema.update(e, p, 0.5))
     batch = data()
@@ -133,6 +153,15 @@ def test_loss_scaling_halves_and_skips_on_overflow_and_changes_no_result():
     after, metrics = train(new, bad, jnp.float32(0.1))
     assert metrics['skipped'] == 1.0 and after['loss_scale']['scale'] == 512.0
     chex.assert_trees_all_equal(after['params'], new['params'])
+
+
+def test_float16_gradients_underflow_without_scaling_and_not_with_it():
+    batch = data() | {'weights': jnp.ones(8)}
+    plain, state = make(task=Faint())
+    assert jax.jit(plain)(state, batch, jnp.float32(1.0))[1]['grad_norm'] == 0.0
+    scaled, state = make(task=Faint(), loss_scale=DynamicLossScale())
+    norm = jax.jit(scaled)(state, batch, jnp.float32(1.0))[1]['grad_norm']
+    np.testing.assert_allclose(norm, np.sqrt(5) * 2.0**-26)
 
 
 def test_a_step_compiles_once_and_a_ladder_of_shapes_once_each():

@@ -20,7 +20,7 @@ Sophia is not here: its Hessian estimate needs the loss function or labels sampl
 at every tenth step, which a transformation of gradients does not have.
 """
 
-from effjax.training.optimizers.base import Optimizer, clip_by_global_norm
+from effjax.training.optimizers.base import Optimizer
 from effjax.training.optimizers.build import build, check
 from effjax.training.optimizers.elementwise import adamw, lion, sgd
 from effjax.training.optimizers.layerwise import adafactor, lamb
@@ -36,7 +36,6 @@ __all__ = [
     'adamw',
     'build',
     'check',
-    'clip_by_global_norm',
     'lamb',
     'leaf_tree',
     'lion',

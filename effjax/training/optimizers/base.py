@@ -103,23 +103,3 @@ def scaled_step(leaf: Leaf, direction: Any, param: Any, lr: Any, weight_decay: f
     if decay:
         direction = direction + decay * param
     return -(lr * leaf.lr) * direction
-
-
-def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
-    """Scales gradients so that their joint Euclidean norm is at most `max_norm`.
-
-    Args:
-      grads: tree of gradients.
-      max_norm: the bound; 0 measures without clipping.
-
-    Returns:
-      The gradients, and their norm before clipping in float32. A norm that is not finite says
-      that some gradient is not; the clipped gradients are then not finite either.
-    """
-    squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)]
-    norm = jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
-    if not max_norm:
-        return grads, norm
-    # max() keeps the factor at exactly 1 below the bound and never divides by zero.
-    factor = max_norm / jnp.maximum(norm, max_norm)
-    return jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads), norm
