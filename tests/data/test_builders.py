@@ -35,6 +35,7 @@ def data_dir(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (path / 'out.json').write_text(done.stdout)
+    (path / 'err.txt').write_text(done.stderr)
     return path
 
 
@@ -50,6 +51,10 @@ def test_builders_write_and_read_without_tensorflow(data_dir):
     said = Stdlib().describe()
     assert out['effjax_stdlib'] == {s: said[s]['documents'] for s in ('train', 'valid')}
     assert list(data_dir.rglob('*.array_record*'))
+
+
+def test_preparing_the_embedded_sets_says_nothing(data_dir):
+    assert (data_dir / 'err.txt').read_text() == ''
 
 
 def test_digits_through_tfds_equal_the_source(data_dir):

@@ -10,6 +10,7 @@ too. The file format must be named: the default one needs TensorFlow when it is 
 
 import contextlib
 import importlib
+import io
 import pathlib
 import sys
 from typing import Any
@@ -45,7 +46,9 @@ def prepare(name: str, data_dir: str | pathlib.Path = '') -> Any:
     register(name)
     tfds = importlib.import_module('tensorflow_datasets')
     builder = tfds.builder(name, data_dir=folder(data_dir), file_format='array_record')
-    download_and_prepare(builder)
+    # Written in a moment, so what tfds says and draws meanwhile is noise; an error is raised.
+    with contextlib.redirect_stderr(io.StringIO()):
+        download_and_prepare(builder)
     return builder
 
 
