@@ -116,11 +116,11 @@ def get_config(variant: str = 'gpt2'):
         )
     config = defaults()
     config.model = VARIANTS[variant]()
+    config.data = {'kind': 'none'}
     config.steps = 1
     config.batch_size = 8
     if config.model.kind == 'vit':
         config.task = {'kind': 'classification'}
-        config.data = {'kind': 'digits'}
         config.seq_len = (224 // config.model.patch) ** 2 + 1
     else:
         config.seq_len = config.model.max_len

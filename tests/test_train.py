@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from effjax import train
+from effjax.core.config import as_dict
 from effjax.core.errors import CheckpointError, ConfigError, DataError, TrainingError
 from effjax.training.loop import Trainer
+from effjax.training.runtime import Runtime
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
@@ -207,7 +209,11 @@ def test_ema_is_what_is_judged(tiny, tmp_path):
         (['model.vocab_size=500'], ConfigError, 'larger than the 257 ids of the tokenizer'),
         (['task.kind=classification'], ConfigError, 'reads images'),
         (['evals.valid.every=3'], ConfigError, 'unknown key config.evals.valid.every'),
-        (['evals.valid.split=tset'], DataError, "no split 'tset'"),
+        (
+            ['evals.valid.split=tset'],
+            DataError,
+            "config.evals.valid.split: the data has no split 'tset'",
+        ),
         (['log.wandb=x'], ConfigError, 'wandb'),
         (['task.z_loss=-1.0'], ConfigError, 'config.task.z_loss must not be negative'),
         (['finish.sample_tokens=-1'], ConfigError, 'config.finish.sample_tokens'),
@@ -337,6 +343,16 @@ def test_a_stage_may_not_change_the_tokenizer(tiny, tmp_path):
     config = tiny(stages=({'share': 0.5}, {'share': 0.5, 'data': {'tokenizer': {'kind': 'char'}}}))
     with pytest.raises(ConfigError, match=r'config.stages.1.data'):
         train.run(config, tmp_path)
+
+
+def test_a_stage_may_not_change_the_form_of_the_optimizers_state(tiny):
+    def staged(**settings):
+        return as_dict(tiny(stages=({'share': 0.5}, {'share': 0.5, 'optimizer': settings})))
+
+    message = r'config\.stages\.1\.optimizer changes the form .* is bfloat16, expected float32'
+    with pytest.raises(ConfigError, match=message):
+        Runtime(staged(mu_dtype='bfloat16'))
+    Runtime(staged(b2=0.9, nesterov=True))  # what is not stored may change
 
 
 def test_run_picks_a_folder(tiny, tmp_path, monkeypatch):

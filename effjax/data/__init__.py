@@ -31,6 +31,7 @@ SOURCES = {
     'images': 'effjax.data.sources.folder:ImageFolder',
     'jsonl': 'effjax.data.sources.jsonl:Jsonl',
     'mixture': 'effjax.data.mixture:Mixture',
+    'none': 'effjax.data.sources.none:no_data',
     'parquet': 'effjax.data.sources.parquet:Parquet',
     'prepared': 'effjax.data.shards:PreparedSource',
     'stdlib': 'effjax.data.sources.stdlib:Stdlib',

@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,6 @@ from effjax.core.config import MESH_AXES
 from effjax.core.errors import ConfigError
 from effjax.core.registry import suggest
 from effjax.core.trees import flatten, map_named
-
-_log = logging.getLogger(__name__)
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -146,8 +143,8 @@ def shardings(
 ) -> tuple[Any, list[str]]:
     """Returns the sharding of each parameter, and a sentence for each fall-back.
 
-    Fall-backs are also logged, all in one line: an axis that silently stays whole is how runs
-    end out of memory.
+    Whoever calls shows the sentences: an axis that silently stays whole is how runs end out of
+    memory.
 
     Args:
       meta: tree of `core.axes.Meta`.
@@ -162,10 +159,7 @@ def shardings(
         spec = resolve(metas[name].axes, x.shape, mesh, rules, name=name, fallbacks=fallbacks)
         return NamedSharding(mesh, spec)
 
-    tree = map_named(one, abstract)
-    if fallbacks:
-        _log.warning('sharding fell back in %d places: %s', len(fallbacks), ' '.join(fallbacks))
-    return tree, fallbacks
+    return map_named(one, abstract), fallbacks
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """`--dry_run`: parameters, FLOPs, memory and shardings of a config, with nothing trained.
 
-Everything is built abstractly, so a model of any size can be looked at on a laptop.
+The config is checked as a run checks it, data included, which are tokenised into the cache if
+need be; the model is built abstractly, so that one of any size can be looked at on a laptop. With
+`--config.data.kind=none` no data is looked at.
 """
 
 from collections.abc import Mapping
@@ -8,14 +10,13 @@ from typing import Any
 
 import jax
 
-from effjax import models, parallel, precision
+from effjax import parallel
 from effjax.core import trees
-from effjax.core.config import as_dict
 from effjax.core.cost import total
-from effjax.training import optimizers, setup
-from effjax.training import state as state_lib
+from effjax.costs import page
+from effjax.training import setup
 from effjax.training.progress import human
-from effjax.training.stages import plan
+from effjax.training.runtime import Runtime
 
 
 def dry_run(config: Mapping[str, Any]) -> str:
@@ -25,32 +26,17 @@ def dry_run(config: Mapping[str, Any]) -> str:
       ConfigError, DataError, DeviceError: what would stop the run before its first step.
     """
     setup.check(config)
-    plain = as_dict(config)
-    mesh = parallel.make_mesh(plain['mesh'])
-    rules = parallel.make_rules(plain['sharding'])
-    setup.check_mesh(plain, mesh, rules)
-    plain = _with_data(plain)
-    longest = max(stage.config['seq_len'] for stage in plan(plain))
-    built = models.build({**plain, 'seq_len': longest}, mesh=mesh)
-    stage = plan(plain)[0]
+    with_data = config['data']['kind'] != 'none'
+    runtime = Runtime(config, with_data=with_data)
+    built, plain = runtime.built, runtime.config
     lines = [f'{plain["name"] or "config"}: {plain["model"]["kind"]}']
+    lines += [] if with_data else ['data: none, so nothing is checked against any']
     lines += _parameters(built)
-    lines += _flops(built, stage.config)
-    lines += _memory(plain, built, mesh, rules, stage.config)
+    lines += _flops(runtime)
+    lines += _memory(runtime)
     lines += ['', 'execution:', *_execution(built)]
-    lines += _shardings(built, mesh)
+    lines += _shardings(built, runtime.mesh)
     return '\n'.join(lines)
-
-
-def _with_data(config: dict[str, Any]) -> dict[str, Any]:
-    """Resolves against the data only what the config leaves open: it may be large or absent."""
-    model = config['model']
-    known = model.get('vocab_size') or (model.get('classes') and model.get('image_size'))
-    if known:
-        return config
-    from effjax import data
-
-    return setup.resolve(config, data.build(config['data'], seq_len=config['seq_len']).info)
 
 
 def _parameters(built: Any) -> list[str]:
@@ -65,11 +51,12 @@ def _parameters(built: Any) -> list[str]:
     return out
 
 
-def _flops(built: Any, config: Mapping[str, Any]) -> list[str]:
-    batch, length = config['batch_size'], config['seq_len']
-    parts = built.model.cost(batch, length)
+def _flops(runtime: Runtime) -> list[str]:
+    first = runtime.stages[0].config
+    batch, length = first['batch_size'], first['seq_len']
+    parts = runtime.built.model.cost(batch, length)
     forward = total(parts.values()).model_flops
-    examples, tokens = setup.build_task(config).units(batch, length)
+    examples, tokens = runtime.task.units(batch, length)
     out = [
         '',
         f'model FLOPs (forward and backward, batch {batch} x {length}):',
@@ -83,36 +70,33 @@ def _flops(built: Any, config: Mapping[str, Any]) -> list[str]:
         if cost.model_flops
     ]
     # One example's multiply-adds and decoding state: the figures that papers print.
-    one = built.model.cost(1, length)
-    out.append(f'  one example forward: {total(one.values()).model_flops / 2e9:.4g} GMACs')
-    dtype = precision.build(config['precision']).policy.compute_dtype
+    one = runtime.built.model.cost(1, length)
+    out.append(f'  one example forward: {page.si(total(one.values()).model_flops / 2, "MACs")}')
+    dtype = runtime.precision.policy.compute_dtype
     for rows, costs in ((1, one), (batch, parts)):
-        held = total(costs.values()).state_bytes / 2**20
+        held = total(costs.values()).state_bytes
         if held:
             out.append(
-                f'  decoding state of {rows} x {length} tokens: {held:.4g} MiB in {dtype.name}, '
-                f'{held * 4 / dtype.itemsize:.4g} MiB in float32'
+                f'  decoding state of {rows} x {length} tokens: {_mebibytes(held)} in '
+                f'{dtype.name}, {_mebibytes(held * 4 / dtype.itemsize)} in float32'
             )
     return out
 
 
-def _memory(
-    config: Mapping[str, Any], built: Any, mesh: Any, rules: Any, stage: Mapping[str, Any]
-) -> list[str]:
-    optimizer = optimizers.build(
-        config['optimizer'],
-        meta=built.meta['params'],
-        lr_scales=config['lr_scales'],
-        decay_scales=config['decay_scales'],
-    )
-    scale = precision.build(config['precision']).loss_scale
-    state = state_lib.abstract(built, optimizer, scale, bool(config['ema']))
-    shardings = state_lib.shardings(built, optimizer, state, mesh)
+def _mebibytes(size: float) -> str:
+    """Bytes as the papers print a cache's: in MiB, and in GiB from ten of those on."""
+    mebi = size / 2**20
+    return f'{mebi:.4g} MiB' if mebi < 1e4 else f'{mebi / 1024:.4g} GiB'
+
+
+def _memory(runtime: Runtime) -> list[str]:
+    config, first, mesh = runtime.config, runtime.stages[0].config, runtime.mesh
+    state, shardings = runtime.abstract, runtime.shardings
     held = _per_device(state, shardings)
     gradients = _per_device(state['params'], shardings['params'])
-    micro = stage['batch_size'] // stage['accumulate']
-    rows = parallel.batch_sharding(mesh, rules=rules).shard_shape((micro,))[0]
-    costs = built.model.cost(1, stage['seq_len']).values()
+    micro = first['batch_size'] // first['accumulate']
+    rows = parallel.batch_sharding(mesh, rules=runtime.rules).shard_shape((micro,))[0]
+    costs = runtime.built.model.cost(1, first['seq_len']).values()
     activations = total(costs).activation_bytes * rows
     out = [
         '',
@@ -150,7 +134,7 @@ def _execution(built: Any) -> list[str]:
 
 def _shardings(built: Any, mesh: Any) -> list[str]:
     shape = ', '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or 'one device'
-    out = ['', f'shardings (mesh: {shape}):']
+    out = ['', f'shardings (mesh: {shape}):', *(f'  fell back: {why}' for why in built.fallbacks)]
     meta = trees.flatten(built.meta['params'])
     specs = trees.flatten(built.shardings['params'])
     for name, leaf in trees.flatten(built.abstract_state['params']).items():

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from effjax.core.errors import DataError
+from effjax.core.registry import suggest
 from effjax.training.setup import EVAL_KEYS
 
 _IN_FLIGHT = 8  # batches dispatched ahead: more would only hold inputs in device memory
@@ -73,6 +74,12 @@ def plan(
     for name, block in config['evals'].items():
         given = {**EVAL_KEYS, **block}
         size = given['batch_size'] or batch_size
+        splits = dataset.info.splits
+        if given['split'] not in splits:
+            raise DataError(
+                f'config.evals.{name}.split: the data has no split {given["split"]!r}; it has '
+                f'{", ".join(splits)}.' + suggest(given['split'], splits)
+            )
         source = dataset.eval(given['split'], size, seq_len, batches=given['batches'])
         if not len(source):
             raise DataError(

@@ -14,6 +14,7 @@ import numpy as np
 from effjax import data, models, parallel, precision
 from effjax.core import trees
 from effjax.core.config import as_dict
+from effjax.core.errors import ConfigError
 from effjax.costs import StepCost
 from effjax.costs.reference import reference_seconds
 from effjax.training import ema, evaluate, optimizers, setup
@@ -28,6 +29,8 @@ class Runtime:
 
     Args:
       config: a config whose form and blocks have been checked.
+      with_data: open the data, and check the config against it; without it (a look at shapes)
+        there is no `dataset` and there are no evaluations.
 
     Attributes:
       config: the resolved config, as plain dicts: what the data knows is filled in.
@@ -43,12 +46,13 @@ class Runtime:
       params: number of parameters.
 
     Raises:
-      ConfigError: a model, batch or mesh that does not fit.
+      ConfigError: a model, batch or mesh that does not fit, or a stage that changes the form of
+        the optimizer's state.
       DataError: missing or empty data.
       DeviceError: a mesh larger than the devices.
     """
 
-    def __init__(self, config: Mapping[str, Any]):
+    def __init__(self, config: Mapping[str, Any], *, with_data: bool = True):
         parallel.initialize()
         plain = as_dict(config)
         self.mesh = parallel.make_mesh(plain['mesh'])
@@ -57,14 +61,11 @@ class Runtime:
         self._datasets: dict[str, Any] = {}
         self._eval_steps: dict[str, Any] = {}
         self._record = max(stage.config['seq_len'] for stage in plan(plain))
-        self.dataset = self._dataset(plan(plain)[0].config)
-        for stage in plan(plain)[1:]:
-            setup.check_same_data(self.dataset.info, self._dataset(stage.config).info, stage.index)
-        self.config = setup.resolve(plain, self.dataset.info)
+        self.config = self._open_data(plain) if with_data else plain
         self.stages = plan(self.config)
         self.task = setup.build_task(self.config)
         self._sequence = self.task.data == 'text'
-        self._evaluations = [self._plan_evaluations(stage) for stage in self.stages]
+        self._evaluations = [self._plan_evaluations(s) for s in self.stages] if with_data else []
         self.precision = precision.build(self.config['precision'])
         # Built for the longest rows that any stage will ask for.
         longest = {**self.config, 'seq_len': self._record}
@@ -73,7 +74,31 @@ class Runtime:
         optimizer = self.optimizer(self.stages[0])
         scale, average = self.precision.loss_scale, bool(self.config['ema'])
         self.abstract = state_lib.abstract(self.built, optimizer, scale, average)
+        self._check_optimizers()
         self.shardings = state_lib.shardings(self.built, optimizer, self.abstract, self.mesh)
+
+    def _open_data(self, plain: dict[str, Any]) -> dict[str, Any]:
+        """Opens the data of every stage; returns the config with what it knows filled in."""
+        first, *later = plan(plain)
+        self.dataset = self._dataset(first.config)
+        for stage in later:
+            setup.check_same_data(self.dataset.info, self._dataset(stage.config).info, stage.index)
+        return setup.resolve(plain, self.dataset.info)
+
+    def _check_optimizers(self) -> None:
+        """Checks that every stage's optimizer keeps the state that the first one made."""
+        first = trees.flatten(self.abstract['optimizer'])
+        for stage in self.stages[1:]:
+            state = self.optimizer(stage).abstract_state(self.abstract['params'])
+            wrong = trees.differences(first, trees.flatten(state))
+            if jax.tree.structure(state) != jax.tree.structure(self.abstract['optimizer']):
+                wrong.append('other parts')
+            if wrong:
+                raise ConfigError(
+                    f"config.stages.{stage.index}.optimizer changes the form of the optimizer's "
+                    f'state ({wrong[0]}), which goes on from stage to stage; set what it stores '
+                    'in config.optimizer, for all stages.'
+                )
 
     # ---- state -----------------------------------------------------------------------------
 

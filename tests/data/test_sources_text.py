@@ -13,6 +13,7 @@ import zstandard
 from effjax.core.errors import ConfigError, DataError
 from effjax.core.registry import check_block, lookup, parameters
 from effjax.data import SOURCES
+from effjax.data.dataset import build_source
 from effjax.data.sources.files import chunks, optional
 from effjax.data.sources.jsonl import Jsonl
 from effjax.data.sources.parquet import Parquet
@@ -326,12 +327,17 @@ def test_a_python_without_source(monkeypatch, tmp_path):
 
 
 def test_registered_sources_have_typed_keyword_arguments():
-    own_split = {'mixture', 'prepared', 'idx'}
+    own_split = {'mixture', 'prepared', 'idx', 'none'}
     for kind in set(SOURCES) - own_split:
         component = lookup(SOURCES, kind, 'data source')
         allowed = parameters(component)
         assert 'valid_fraction' in allowed
         assert all(p.annotation is not p.empty for p in allowed.values())
+
+
+def test_no_data_is_only_to_be_looked_at():
+    with pytest.raises(DataError, match="config.data.kind 'none' holds nothing to train on"):
+        build_source({'kind': 'none'}, 'config.data')
 
 
 def test_config_errors_suggest():

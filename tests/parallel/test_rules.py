@@ -107,14 +107,14 @@ def test_names_must_fit_the_array():
         resolve(('width',), (2,), _mesh())
 
 
-def test_tree_of_shardings(caplog):
+def test_tree_of_shardings():
     mesh = make_mesh({'data': 1})
     meta = {'a': {'w': Meta(('embed', 'mlp'))}}
     abstract = {'a': {'w': jax.ShapeDtypeStruct((3, 4), jnp.float32)}}
     tree, fallbacks = shardings(meta, abstract, mesh)
     assert tree['a']['w'].spec == P()
     assert tree['a']['w'].mesh == mesh
-    assert fallbacks == [] and not caplog.records
+    assert fallbacks == []
 
 
 def test_constrain_without_a_mesh_changes_nothing():
@@ -127,16 +127,17 @@ def test_constrain_without_a_mesh_changes_nothing():
 
 
 @pytest.mark.mesh
-def test_fallbacks_of_a_tree_are_one_log_line(caplog):
+def test_fallbacks_of_a_tree_are_told():
     mesh = make_mesh({'fsdp': 8})
     meta = {'a': Meta(('embed',)), 'b': Meta(('embed',)), 'c': Meta(('embed',))}
     shapes = {'a': 3, 'b': 8, 'c': 5}
     abstract = {k: jax.ShapeDtypeStruct((n,), jnp.float32) for k, n in shapes.items()}
     tree, fallbacks = shardings(meta, abstract, mesh)
     assert {k: s.spec for k, s in tree.items()} == {'a': P(), 'b': P('fsdp'), 'c': P()}
-    assert len(fallbacks) == 2
-    assert len(caplog.records) == 1
-    assert 'fell back in 2 places: a: axis' in caplog.text
+    assert fallbacks == [
+        "a: axis 'embed' is not sharded over 'fsdp': 3 is not divisible by fsdp 8.",
+        "c: axis 'embed' is not sharded over 'fsdp': 5 is not divisible by fsdp 8.",
+    ]
 
 
 @pytest.mark.mesh
