@@ -44,7 +44,12 @@ DISTRIBUTIONS = {
     'apache_beam': 'apache-beam',
 }
 # Always installed with a core dependency, and part of its public face.
-COMES_WITH = {'ml_dtypes': 'jax', 'array_record': 'grain', 'etils': 'orbax-checkpoint'}
+COMES_WITH = {
+    'ml_dtypes': 'jax',
+    'scipy': 'jax',
+    'array_record': 'grain',
+    'etils': 'orbax-checkpoint',
+}
 
 EXPORT = re.compile(r'^(effjax(?:\.\w+)+)(?::\w+)?$')
 
