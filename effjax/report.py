@@ -228,7 +228,7 @@ def _loss_plots(runs: Sequence[RunData], log_x: bool) -> list[str]:
                     colour = i if several else j + 1
                     label = own.strip() if only_evals else f'{own}{name}'
                     series.append(Series(label, x, y, colour, 'points'))
-        series, label = _in_unit(series, words, unit)
+        series, label = page.in_unit(series, words, unit)
         kind = 'Evaluation loss' if only_evals else 'Loss'
         out.append(
             line_plot(
@@ -518,23 +518,6 @@ def _told_apart(runs: Sequence[RunData]) -> list[RunData]:
 
 
 # ---- numbers and files --------------------------------------------------------------------------
-
-
-def _in_unit(series: Sequence[Series], words: str, unit: str) -> tuple[list[Series], str]:
-    """Returns series with x in a readable unit, and the axis label that names it."""
-    biggest = max((x for s in series for x in s.x if math.isfinite(x)), default=0.0)
-    divisor, prefix = page.scale(biggest)
-    label = f'{words} {prefix}{unit}s'
-    if unit == 's':
-        divisor, name = next((d, n) for d, n in _TIMES if biggest >= 3 * d or d == 1)
-        label = f'{words} ({name})'
-    elif not unit:
-        divisor, label = 1.0, words
-    scaled = [dataclasses.replace(s, x=[x / divisor for x in s.x]) for s in series]
-    return scaled, label
-
-
-_TIMES = ((3600.0, 'hours'), (60.0, 'minutes'), (1.0, 'seconds'))
 
 
 def _against(column: str) -> str:

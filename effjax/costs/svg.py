@@ -1,7 +1,8 @@
-"""Line plots as SVG text: axes, ticks, legend, light and dark; no library and no script.
+"""Plots as SVG text: axes, ticks, legend, light and dark; no library and no script.
 
-`line_plot` returns an `<svg>` element for a page that includes `STYLE` once; `standalone` makes a
-file of it. Colours come from classes, since an inline SVG follows the page's colour scheme.
+`line_plot` (lines, marks, fronts) and `interval_plot` (means with intervals, one a row) return an
+`<svg>` element for a page that includes `STYLE` once; `standalone` makes a file of it. Colours come
+from classes, since an inline SVG follows the page's colour scheme.
 """
 
 import dataclasses
@@ -30,9 +31,12 @@ STYLE = (
     '.plot .line{fill:none;stroke-width:1.8;stroke-linejoin:round}'
     '.plot .faint{fill:none;stroke-width:1;opacity:.3}'
     '.plot .rule{fill:none;stroke-width:1.4;stroke-dasharray:6 4}'
+    '.plot .ring{fill:none;stroke-width:1.6}.plot .dot{opacity:.75}'
+    '.plot .bar{fill:none;stroke-width:2.4}.plot .band{fill:#e8edf2;stroke:none}'
     + _colours(_LIGHT)
     + '@media(prefers-color-scheme:dark){.plot text{fill:#a9b4bf}.plot .title{fill:#e6ebf0}'
-    '.plot .grid{stroke:#2a323a}.plot .frame{stroke:#5a6570}' + _colours(_DARK) + '}'
+    '.plot .grid{stroke:#2a323a}.plot .frame{stroke:#5a6570}'
+    '.plot .band{fill:#232b33}' + _colours(_DARK) + '}'
 )
 
 _LEFT, _RIGHT, _BOTTOM = 66, 16, 44
@@ -48,7 +52,9 @@ class Series:
       x, y: equally many numbers; points that are not finite are left out.
       colour: index into the palette (taken modulo its length).
       kind: 'line', 'faint' (thin and pale, for raw data), 'points' (a line with a mark at each
-        point) or 'rule' (a dashed horizontal line at y[0] across the plot).
+        point), 'dots' (marks alone), 'front' (a dashed line with an open ring at each point, to
+        stand around the marks it joins) or 'rule' (a dashed horizontal line at y[0] across the
+        plot).
     """
 
     name: str
@@ -56,6 +62,25 @@ class Series:
     y: Sequence[float]
     colour: int = 0
     kind: str = 'line'
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of an `interval_plot`.
+
+    Attributes:
+      name: stands above the row.
+      values: single values, each a mark; those that are not finite are left out.
+      mean, low, high: of the bar; None draws none.
+      colour: index into the palette.
+    """
+
+    name: str
+    values: Sequence[float]
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    colour: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +141,9 @@ def line_plot(
     series = [_clean(s, log_x) for s in series]
     series = [s for s in series if len(s.y)]
     legend, top = _legend(series, width)
-    out = [
-        f'<svg class="plot" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'role="img" aria-label="{html.escape(title)}">',
-        f'<text class="title" x="{_LEFT}" y="18">{html.escape(title)}</text>',
-    ]
+    out = _head(title, width, height)
     if not any(s.kind != 'rule' for s in series):
-        out.append(f'<text x="{width / 2}" y="{height / 2}" text-anchor="middle">no data</text>')
-        return ''.join([*out, '</svg>'])
+        return ''.join([*out, _no_data(width, height), '</svg>'])
     x_axis = _Axis(*_x_range(series, log_x), _LEFT, width - _RIGHT, log_x)
     y_axis = _Axis(*_y_range(series, y_max, y_zero), height - _BOTTOM, top, spacing=27.0)
     out += [*legend, *_frame(x_axis, y_axis, x_label, y_label)]
@@ -134,6 +154,58 @@ def line_plot(
     )
     out += [_draw(s, x_axis, y_axis) for s in series]
     return ''.join([*out, '</g></svg>'])
+
+
+def interval_plot(
+    rows: Sequence[Row],
+    *,
+    title: str,
+    x_label: str,
+    margin: float = 0.0,
+    width: int = 400,
+) -> str:
+    """Draws values and their mean with its interval, a row each, around a line at 0.
+
+    Args:
+      rows: from top to bottom.
+      title: shown above.
+      x_label: with the unit.
+      margin: half the width of a band around 0, in the unit of the values; 0 draws none.
+      width: in pixels; the height follows from the rows.
+
+    Returns:
+      An `<svg>` element as text.
+    """
+    height = 34 + 46 * max(1, len(rows)) + _BOTTOM
+    margin = margin if math.isfinite(margin) else 0.0
+    shown = [v for row in rows for v in (*row.values, row.mean, row.low, row.high)]
+    values = [v for v in shown if v is not None and math.isfinite(v)]
+    out = _head(title, width, height, 16)
+    if not values:
+        return ''.join([*out, _no_data(width, height), '</svg>'])
+    low, high = min(*values, -margin, 0.0), max(*values, margin, 0.0)
+    space = 0.06 * (high - low) or 0.5
+    axis = _Axis(low - space, high + space, 16, width - 16, spacing=62.0)
+    top, bottom = 30, height - _BOTTOM
+    if margin:
+        left, right = axis.at(-margin), axis.at(margin)
+        out.append(
+            f'<rect class="band" x="{left:.1f}" y="{top}" width="{right - left:.1f}" '
+            f'height="{bottom - top}"/>'
+        )
+    for value, label in axis.ticks():
+        at = axis.at(value)
+        kind = 'frame' if value == 0 else 'grid'
+        out.append(f'<path class="{kind}" d="M{at:.1f} {bottom}V{top}"/>')
+        out.append(f'<text x="{at:.1f}" y="{bottom + 17}" text-anchor="middle">{label}</text>')
+    for i, row in enumerate(rows):
+        out.append(_draw_row(row, axis, top + 46 * i))
+    out.append(f'<path class="frame" d="M{axis.start} {bottom}H{axis.end}"/>')
+    out.append(
+        f'<text x="{width / 2}" y="{bottom + 36}" text-anchor="middle">'
+        f'{html.escape(x_label)}</text></svg>'
+    )
+    return ''.join(out)
 
 
 def standalone(svg: str, background: str = '#ffffff') -> str:
@@ -205,6 +277,18 @@ def thin(
     return [x[b - 1] for _, b in spans], means
 
 
+def _head(title: str, width: int, height: int, left: int = _LEFT) -> list[str]:
+    return [
+        f'<svg class="plot" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'role="img" aria-label="{html.escape(title)}">',
+        f'<text class="title" x="{left}" y="18">{html.escape(title)}</text>',
+    ]
+
+
+def _no_data(width: int, height: int) -> str:
+    return f'<text x="{width / 2}" y="{height / 2}" text-anchor="middle">no data</text>'
+
+
 def _clean(s: Series, log_x: bool) -> Series:
     if s.kind == 'rule':
         return s if s.y and math.isfinite(s.y[0]) else dataclasses.replace(s, y=())
@@ -221,6 +305,9 @@ def _x_range(series: Sequence[Series], log: bool) -> tuple[float, float]:
     low, high = min(values), max(values)
     if log:
         return (low, high) if high > low else (low / 2, high * 2)
+    if high > low and any(s.kind in ('dots', 'front') for s in series):
+        space = 0.04 * (high - low)  # marks that stand alone must not be cut by the frame
+        return low - space, high + space
     low = 0.0 if 0 <= low < high / 4 else low
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
@@ -266,17 +353,29 @@ def _legend(series: Sequence[Series], width: int) -> tuple[list[str], int]:
     if not named:
         return [], 30
     for s in named:
-        wide = 26 + _CHAR * len(s.name) + 14
+        name = _fit(s.name, width - _RIGHT - _LEFT - 26)
+        wide = 26 + _CHAR * len(name) + 14
         if x > _LEFT and x + wide > width - _RIGHT:
             x, y = _LEFT, y + 17
         colour = s.colour % len(_LIGHT)
-        kind = 'rule' if s.kind == 'rule' else 'line'
-        out.append(f'<path class="{kind} c{colour}" d="M{x:.0f} {y - 4}h20"/>')
-        if s.kind == 'points':
+        kind = 'rule' if s.kind in ('rule', 'front') else 'line'
+        if s.kind != 'dots':
+            out.append(f'<path class="{kind} c{colour}" d="M{x:.0f} {y - 4}h20"/>')
+        if s.kind == 'front':
+            out.append(f'<circle class="ring c{colour}" cx="{x + 10:.0f}" cy="{y - 4}" r="5"/>')
+        if s.kind in ('points', 'dots'):
             out.append(f'<circle class="f{colour}" cx="{x + 10:.0f}" cy="{y - 4}" r="3"/>')
-        out.append(f'<text x="{x + 26:.0f}" y="{y}">{html.escape(s.name)}</text>')
+        out.append(f'<text x="{x + 26:.0f}" y="{y}">{html.escape(name)}</text>')
         x += int(wide)
     return out, y + 12
+
+
+def _fit(name: str, pixels: float) -> str:
+    """Returns a name, shortened in its middle where it is wider than so many pixels."""
+    most = int(pixels / _CHAR)
+    if len(name) <= most:
+        return name
+    return f'{name[: most // 2]}…{name[len(name) - (most - 1) // 2 :]}'
 
 
 def _draw(s: Series, x_axis: _Axis, y_axis: _Axis) -> str:
@@ -284,13 +383,44 @@ def _draw(s: Series, x_axis: _Axis, y_axis: _Axis) -> str:
     if s.kind == 'rule':
         at = y_axis.at(s.y[0])
         return f'<path class="rule c{colour}" d="M{x_axis.start} {at:.1f}H{x_axis.end}"/>'
-    points = [f'{x_axis.at(x):.1f} {y_axis.at(y):.1f}' for x, y in zip(s.x, s.y, strict=True)]
-    name = 'faint' if s.kind == 'faint' else 'line'
-    out = f'<path class="{name} c{colour}" d="M{"L".join(points)}"/>'
-    if s.kind == 'points':
-        for x, y in zip(s.x, s.y, strict=True):
+    marks = [(x_axis.at(x), y_axis.at(y)) for x, y in zip(s.x, s.y, strict=True)]
+    out = ''
+    if s.kind != 'dots':
+        path = 'L'.join(f'{x:.1f} {y:.1f}' for x, y in marks)
+        name = {'faint': 'faint', 'front': 'rule'}.get(s.kind, 'line')
+        out = f'<path class="{name} c{colour}" d="M{path}"/>'
+    if s.kind == 'front':
+        out += ''.join(
+            f'<circle class="ring c{colour}" cx="{x:.1f}" cy="{y:.1f}" r="6"/>' for x, y in marks
+        )
+    if s.kind in ('points', 'dots'):
+        kind = f'dot f{colour}' if s.kind == 'dots' else f'f{colour}'
+        for (x, y), value, where in zip(marks, s.y, s.x, strict=True):
             out += (
-                f'<circle class="f{colour}" cx="{x_axis.at(x):.1f}" cy="{y_axis.at(y):.1f}" r="3">'
-                f'<title>{html.escape(s.name)}: {y:.5g} at {x:.6g}</title></circle>'
+                f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
+                f'<title>{html.escape(s.name)}: {value:.5g} at {where:.6g}</title></circle>'
             )
+    return out
+
+
+def _draw_row(row: Row, axis: _Axis, top: float) -> str:
+    """Returns a row: its name, its marks above, its mean and interval below them."""
+    colour = row.colour % len(_LIGHT)
+    name = html.escape(_fit(row.name, axis.end - axis.start))
+    out = f'<text x="{axis.start}" y="{top + 13}">{name}</text>'
+    for value in row.values:
+        if math.isfinite(value):
+            out += (
+                f'<circle class="dot f{colour}" cx="{axis.at(value):.1f}" cy="{top + 23}" r="3.5">'
+                f'<title>{html.escape(row.name)}: {value:.5g}</title></circle>'
+            )
+    ends = (row.mean, row.low, row.high)
+    mean, low, high = (axis.at(v) if v is not None and math.isfinite(v) else None for v in ends)
+    if low is not None and high is not None:
+        out += (
+            f'<path class="bar c{colour}" d="M{low:.1f} {top + 36}H{high:.1f}'
+            f'M{low:.1f} {top + 31}v10M{high:.1f} {top + 31}v10"/>'
+        )
+    if mean is not None:
+        out += f'<circle class="f{colour}" cx="{mean:.1f}" cy="{top + 36}" r="5"/>'
     return out

@@ -2,7 +2,7 @@
 
 import pytest
 
-from effjax.costs import page
+from effjax.costs import page, svg
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,21 @@ def test_tables_and_pages_escape():
     assert '<title>&lt;title&gt;</title>' in document
     for outside in ('http://', 'https://', '<script', '<link', 'src='):
         assert outside not in document
+
+
+def test_x_in_a_readable_unit_and_the_label_that_names_it():
+    def label(biggest, *unit):
+        (scaled,), text = page.in_unit([svg.Series('a', [0.0, biggest], [1, 2])], 'cost', *unit)
+        return round(scaled.x[1], 6), text
+
+    assert label(2.5e15, 'FLOP') == (2.5, 'cost PFLOPs')
+    assert label(7200.0, 's') == (120.0, 'cost (minutes)')
+    assert label(4000.0, 'J') == (4.0, 'cost kJ')
+    assert label(4000.0) == (4000.0, 'cost')
+
+
+def test_results_escape_what_they_are_given():
+    text = page.results([('win', 'a < b', [['n', '<3>']])])
+    assert '<b>win</b>' in text
+    assert 'a &lt; b' in text
+    assert '<td>&lt;3&gt;</td>' in text

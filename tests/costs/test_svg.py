@@ -7,7 +7,9 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from effjax.costs.svg import (
+    Row,
     Series,
+    interval_plot,
     labels,
     line_plot,
     log_ticks,
@@ -155,6 +157,67 @@ def test_a_long_legend_wraps():
     root, _ = plot(many)
     heights = {t.get('y') for t in root.iter(f'{SVG}text') if (t.text or '').startswith('a rather')}
     assert len(heights) > 1
+
+
+def test_a_name_wider_than_the_plot_is_shortened():
+    root, _ = plot([Series('arm ' * 40 + 'end', [1, 2], [1, 2])])
+    (name,) = (t.text for t in root.iter(f'{SVG}text') if (t.text or '').startswith('arm'))
+    assert len(name) < 60
+    assert '…' in name
+    assert name.endswith('end')
+
+
+def test_marks_alone_have_no_line_and_keep_off_the_frame():
+    root, _ = plot([Series('runs', [60, 100], [2.0, 1.0], 1, 'dots')], width=400)
+    assert root.find(f'{SVG}g/{SVG}path') is None
+    at = [float(c.get('cx')) for c in root.findall(f'{SVG}g/{SVG}circle')]
+    assert at[0] > 66 + 3
+    assert at[1] < 400 - 16 - 3
+
+
+def test_a_front_rings_its_points_and_joins_them_with_dashes():
+    root, _ = plot([Series('best', [1, 2, 3], [3.0, 2.0, 1.0], 5, 'front')])
+    rings = [c for c in root.findall(f'{SVG}g/{SVG}circle') if 'ring' in c.get('class')]
+    assert len(rings) == 3
+    assert root.find(f'{SVG}g/{SVG}path').get('class') == 'rule c5'
+    assert drawn(root)[0] == (float(rings[0].get('cx')), float(rings[0].get('cy')))
+
+
+def intervals(rows, **options):
+    text = interval_plot(rows, title='a < b', x_label='difference', **options)
+    return ET.fromstring(text), text
+
+
+def test_an_interval_stands_around_its_mean_and_the_zero_line_between():
+    root, text = intervals(
+        [Row('one & two', [-0.3, -0.1], -0.2, -0.4, 0.0), Row('far', [0.4], 0.4, 0.1, 0.7, 1)],
+        margin=0.05,
+    )
+    left, middle, right = (float(c.get('cx')) for c in list(root.iter(f'{SVG}circle'))[:3])
+    assert left < right < middle  # two values, then the mean between them
+    assert right == pytest.approx((left + middle) / 2, abs=0.1)
+    bars = [p for p in root.iter(f'{SVG}path') if 'bar' in p.get('class')]
+    assert [p.get('class') for p in bars] == ['bar c0', 'bar c1']
+    band = root.find(f'{SVG}rect')
+    zero = next(float(t.get('x')) for t in root.iter(f'{SVG}text') if float_or_none(t.text) == 0)
+    assert float(band.get('x')) + float(band.get('width')) / 2 == pytest.approx(zero, abs=0.1)
+    assert 'one &amp; two' in text
+
+
+def float_or_none(text):
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def test_intervals_without_a_mean_or_without_data():
+    root, text = intervals([Row('failed', []), Row('one', [0.1, math.nan], 0.1, math.nan, None)])
+    assert not [p for p in root.iter(f'{SVG}path') if 'bar' in p.get('class')]
+    assert not re.search(r'\b(nan|inf)\b', text)
+    for rows in ([], [Row('failed', [])]):
+        assert 'no data' in intervals(rows)[1]
+    assert 'no data' not in intervals([Row('same twice', [0.0, 0.0], 0.0, 0.0, 0.0)])[1]
 
 
 def test_standalone_is_a_file():
