@@ -49,7 +49,7 @@ def _page(study: Analysis) -> list[str]:
         f'budget. The band around 0 is the margin of equivalence, ± {tables.plain(study.margin)}. '
         'A ring marks a run that no other beats on both metric and cost.</p>',
         *_section('At equal quality', tables.at_equal_quality(study)),
-        f'<h2>{html.escape(study.metric.capitalize())} against each cost</h2>',
+        '<h2>The metric against each cost</h2>',
         *_curves(study),
         *_section('Final metric against budget', tables.budgets(study)),
         *_section('Cost', tables.costs(study)),

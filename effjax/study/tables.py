@@ -238,7 +238,7 @@ def notes(study: Analysis) -> list[str]:
 def finding(study: Analysis) -> list[str]:
     """Returns the finding in words, a sentence an arm."""
     if study.comparisons:
-        return [c.sentence for c in study.comparisons]
+        return [c.sentence.strip().rstrip('.') + '.' for c in study.comparisons]
     return [f'Nothing found yet: {study.name} has no arm to compare with {study.baseline}.']
 
 

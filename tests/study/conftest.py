@@ -78,7 +78,7 @@ def compared(arm, cells, seeds, notes, charged):
     source = {'model_flops': Ratio(0.97, 0.93, 1.01, len(d)), 'tokens': None} if charged else {}
     sentence = (
         f'{arm} saves 12.7 % (9.6 to 15.8) of the model FLOPs at equal loss against gelu, at this '
-        'size.' if won else f'{arm} against gelu: cannot tell at this size with n = {len(d)}.'
+        'size' if won else f'{arm} against gelu: cannot tell at this size with n = {len(d)}'
     )  # fmt: skip
     return Comparison(
         arm, 'gelu', 'win' if won else 'inconclusive', sentence,
