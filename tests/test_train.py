@@ -100,12 +100,72 @@ def test_lost_steps_are_done_again_and_booked_as_waste(tiny, tmp_path, monkeypat
     assert wasted['steps'] == 1 and wasted['model_flops'] > 0
 
 
-def test_running_a_finished_run_again_changes_nothing(tiny, tmp_path):
+def test_waste_adds_up_over_kills_between_two_checkpoints(tiny, tmp_path, monkeypatch):
+    config, record = tiny('checkpoint.every_steps=4', 'evals={}'), Trainer._record
+
+    def killed_at(step):
+        def crash(self, flight, *args):
+            record(self, flight, *args)
+            if flight.row['step'] == step:
+                self._write_row()
+                self.writer.flush()
+                raise MemoryError('killed')
+
+        monkeypatch.setattr(Trainer, '_record', crash)
+        with pytest.raises(MemoryError):
+            train.run(config, tmp_path)
+
+    killed_at(2)  # before the first checkpoint
+    killed_at(5)
+    killed_at(6)
+    monkeypatch.setattr(Trainer, '_record', record)
+    done = train.run(config, tmp_path)
+    wasted = done.summary['ledger']['wasted']
+    assert wasted['steps'] == 2 + 1 + 2 and wasted['tokens'] == 5 * 8 * 32
+    assert [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(('evaluation', 'step'), [(2, 3), (4, 6)])  # in the middle, at the end
+def test_evaluations_that_a_signal_cut_short_are_made_up_for(
+    tiny, tmp_path, monkeypatch, evaluation, step
+):
+    config = tiny("evals={'a': {'every_steps': 3}, 'b': {'every_steps': 3}}", 'log.every_steps=2')
+    whole = train.run(config, tmp_path / 'whole')
+    compile_eval, begun = Runtime.compile_eval, []
+
+    def interrupted(self, one):
+        begun.append(one.name)
+        if len(begun) == evaluation:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compile_eval(self, one)
+
+    monkeypatch.setattr(Runtime, 'compile_eval', interrupted)
+    first = train.run(config, tmp_path / 'cut')
+    assert first.stopped_by == 'SIGTERM' and first.summary['final_step'] == step
+    assert set(rows(first.workdir)[-1]['eval']) == {'a'}
+    done = train.run(config, tmp_path / 'cut')
+    assert [(r['step'], r.get('eval')) for r in rows(done.workdir)] == [
+        (r['step'], r.get('eval')) for r in rows(whole.workdir)
+    ]
+    assert done.summary['eval'] == whole.summary['eval']
+    assert done.summary['ledger']['eval'] == whole.summary['ledger']['eval']
+
+
+def test_running_a_finished_run_again_changes_nothing(tiny, tmp_path, monkeypatch):
     first = train.run(tiny(), tmp_path)
     before = losses(tmp_path)
+    monkeypatch.setattr('effjax.kernels.choice._by_op', {})  # as in another process
     again = train.run(tiny(), tmp_path)
     assert losses(tmp_path) == before
-    assert again.summary['eval'] == first.summary['eval']
+    for key in ('eval', 'ledger', 'params'):
+        assert again.summary[key] == first.summary[key]
+    # Nothing was compiled this time: what is said of it is what had run.
+    assert json.dumps(again.summary['execution']) == json.dumps(first.summary['execution'])
+    assert again.summary['memory']['compiled'] == first.summary['memory']['compiled'] is not None
+    # Another evaluation is made up for, at the same step.
+    judged = train.run(tiny(evals={'valid': {}, 'train': {'split': 'train'}}), tmp_path)
+    assert set(judged.summary['eval']) == {'valid', 'train'}
+    assert losses(tmp_path) == before
     # A longer run goes on from there.
     more = train.run(tiny('steps=8'), tmp_path)
     assert more.summary['final_step'] == 8 and losses(tmp_path)[:5] == before[:5]

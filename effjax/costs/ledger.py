@@ -145,6 +145,15 @@ class Ledger:
         return lost
 
     @property
+    def wasted(self) -> dict[str, Any]:
+        """What kills made the run repeat."""
+        return dict(self._wasted)
+
+    def take_waste(self, booked: Mapping[str, Any]) -> None:
+        """Takes up `wasted` of a ledger that was lost after it booked more than this one."""
+        self._wasted = {k: max(have, booked.get(k, 0)) for k, have in self._wasted.items()}
+
+    @property
     def steps(self) -> int:
         """Training steps done."""
         return self._sum('steps')

@@ -4,7 +4,7 @@ import contextlib
 import os
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _PROC_STATUS = '/proc/self/status'
@@ -67,23 +67,28 @@ def host_bytes() -> int | None:
     return None
 
 
-def memory(devices: Iterable[Any] | None = None) -> dict[str, int | None]:
+def memory(
+    devices: Iterable[Any] | None = None, before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Returns the measured peaks that summary.json shows; what cannot be measured is None.
 
     Args:
       devices: whose memory to read; None for this process's.
+      before: what earlier processes of the run had: the higher peaks stay.
 
     Returns:
-      {'device_peak_bytes' (of the fullest device), 'host_peak_bytes'}.
+      {'device_peak_bytes' (of the fullest device), 'host_peak_bytes'}, and the rest of `before`.
     """
     if devices is None:
         import jax  # late: reports and plans use this module without a backend
 
         devices = jax.local_devices()
-    return {
-        'device_peak_bytes': peak_device_bytes(devices),
-        'host_peak_bytes': host_peak_bytes(),
-    }
+    out = dict(before or {})
+    now = {'device_peak_bytes': peak_device_bytes(devices), 'host_peak_bytes': host_peak_bytes()}
+    for key, peak in now.items():
+        known = [p for p in (peak, out.get(key)) if p is not None]
+        out[key] = max(known, default=None)
+    return out
 
 
 class EnergyMeter:

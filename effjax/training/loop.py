@@ -21,16 +21,19 @@ import numpy as np
 
 from effjax import parallel
 from effjax.core.errors import CheckpointError, ConfigError, TrainingError
-from effjax.costs import Clock, EnergyMeter, Ledger
+from effjax.costs import Clock, EnergyMeter, Ledger, meters
+from effjax.kernels import choices
 from effjax.training import evaluate, resume, schedules
 from effjax.training.checkpoints import Checkpointer
 from effjax.training.compiled import CompiledStep
-from effjax.training.files import write_json_atomic
+from effjax.training.files import plain, write_json_atomic
 from effjax.training.metrics import FILE, MetricsWriter, last_row
 from effjax.training.progress import human, make_progress
 from effjax.training.runtime import Runtime
 from effjax.training.signals import Agreement, Stop
 from effjax.training.stages import Stage
+
+WASTED = 'wasted.json'
 
 
 @dataclasses.dataclass
@@ -70,8 +73,12 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.speed = _Speed()
         self.results: dict[str, dict[str, float]] = {}
+        self.evaluated: dict[str, int] = {}  # evaluation -> step of its result
+        # Evaluations that a signal cut short, and the row of their step.
+        self.left: dict[str, Any] | None = None
         self.memory: dict[str, Any] = {}
         self.compiler_options: dict[str, Any] = {}
+        self.kernels: dict[str, Any] = {}  # that earlier processes of this run chose
         self.warnings: list[str] = []
         self.stopped_by: str | None = None
         self._agreement = Agreement()
@@ -106,12 +113,15 @@ class Trainer:
             self._open_outputs()
             try:
                 self.state = restored or self.runtime.initial_state()
+                self._evaluate_left()
                 for stage in self.runtime.stages:
                     self._run_stage(stage)
                     if self._stopping():
                         break
                 else:
-                    self._evaluate(self.runtime.evaluations(stage))
+                    last = self.runtime.evaluations(stage)
+                    steps = self.ledger.steps
+                    self._evaluate([e for e in last if self.evaluated.get(e.name) != steps])
                 self._write_row()
                 self._save(block=True)
             finally:
@@ -132,7 +142,7 @@ class Trainer:
             first = next(loader)
             with self.clock('compile'):
                 compiled = self.runtime.compile(stage, first[0])
-            self.memory = {'compiled': compiled.memory}
+            self.memory['compiled'] = compiled.memory
             self.compiler_options = compiled.options
             self.speed.start(self.ledger.steps, self._seconds())
             with self.clock('train'):
@@ -281,9 +291,16 @@ class Trainer:
 
     # ---- evaluations -----------------------------------------------------------------------
 
+    def _evaluate_left(self) -> None:
+        """Runs, before anything else, the evaluations that a signal had cut short."""
+        if self.left is not None:
+            planned = self.runtime.evaluations(self.runtime.stages[self.stage])
+            names = self.left['names']
+            self._evaluate([e for e in planned if e.name in names])
+
     def _evaluate(self, due: list[evaluate.Evaluation]) -> None:
-        runtime = self.runtime
-        for evaluation in due:
+        runtime, self.left = self.runtime, None
+        for i, evaluation in enumerate(due):
             with self.clock('compile'):
                 step = runtime.compile_eval(evaluation)
             with self.clock('eval'):
@@ -296,10 +313,12 @@ class Trainer:
                     runtime.task,
                     stop=self._stopping,
                 )
-            if result is None:
-                return  # asked to stop: the checkpoint comes first
+            if result is None:  # asked to stop: the checkpoint comes first
+                self.left = {'names': [e.name for e in due[i:]], 'row': self.row}
+                return
             self.ledger.add_forward(runtime.eval_cost(evaluation), purpose='eval')
             self.results[evaluation.name] = result
+            self.evaluated[evaluation.name] = self.ledger.steps
             if self.row is not None:
                 self.row.setdefault('eval', {})[evaluation.name] = result
             shown = '  '.join(f'{k} {v:.4g}' for k, v in result.items())
@@ -312,6 +331,7 @@ class Trainer:
         folder = self.checkpointer.folder
         if self.checkpointer.latest() is None:
             _refuse_other(self.workdir / 'config.json', self.config)
+            self._book_waste()
             return None
         params = self.runtime.abstract['params']
         restored = self.checkpointer.restore(
@@ -320,17 +340,44 @@ class Trainer:
         )
         for sentence in restored.skipped:
             self._warn(f'checkpoint not used: {sentence}')
-        for change in resume.settings_changed(restored.manifest['config'], self.config):
+        changes = resume.settings_changed(restored.manifest['config'], self.config)
+        for change in changes:
             self._warn(f'resumed with another setting: {change}.')
-        extra = restored.extra
-        self.ledger = Ledger.from_dict(extra['ledger'])
-        self.clock = Clock.from_dict(extra['clock'], devices=jax.device_count())
-        self.energy.restore(extra['joules'])
-        self.position, self.results = extra['position'], extra['results']
+        self._take_up(restored.extra)
+        if changes:
+            self.evaluated = {}  # it may be judged in another way now
         self.stage = min(int(restored.manifest['stage']), len(self.runtime.stages) - 1)
         self.resumed_from = self.last_saved = restored.step
         self._book_waste()
         return restored.state
+
+    def _extra(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds beside the arrays; `_take_up` reads it."""
+        return {
+            'ledger': self.ledger.to_dict(),
+            'clock': self.clock.to_dict(),
+            'joules': self.energy.joules(),
+            'position': self.position,
+            'results': self.results,
+            'evaluated': self.evaluated,
+            'left': plain(self.left),
+            'memory': meters.memory(jax.local_devices(), self.memory),
+            'compiler_options': self.compiler_options,
+            'kernels': {**self.kernels, **choices()},
+        }
+
+    def _take_up(self, extra: Mapping[str, Any]) -> None:
+        self.ledger = Ledger.from_dict(extra['ledger'])
+        self.clock = Clock.from_dict(extra['clock'], devices=jax.device_count())
+        self.energy.restore(extra['joules'])
+        self.position, self.results = extra['position'], extra['results']
+        # Checkpoints of earlier versions lack what follows.
+        self.evaluated = extra.get('evaluated', {})
+        self.left = extra.get('left')
+        self.row = self.left['row'] if self.left else None
+        self.memory = extra.get('memory', {})
+        self.compiler_options = extra.get('compiler_options', {})
+        self.kernels = extra.get('kernels', {})
 
     def _close(self) -> None:
         """Ends outputs and background writing; hides no error that is on its way."""
@@ -357,17 +404,10 @@ class Trainer:
         self.writer.flush()
         manifest = resume.manifest(self.config, self.runtime.abstract['params'], self.stage)
         with self.clock('checkpoint'):
-            extra = {
-                'ledger': self.ledger.to_dict(),
-                'clock': self.clock.to_dict(),
-                'joules': self.energy.joules(),
-                'position': self.position,
-                'results': self.results,
-            }
             try:
                 if self.last_saved != self.ledger.steps:
                     self.checkpointer.save(
-                        self.ledger.steps, self.state, manifest=manifest, extra=extra
+                        self.ledger.steps, self.state, manifest=manifest, extra=self._extra()
                     )
                     self.last_saved = self.ledger.steps
                 if block:
@@ -379,10 +419,16 @@ class Trainer:
                 self._warn(f'{error} Training goes on.')
 
     def _book_waste(self) -> None:
-        """Charges what an interrupted run did after its last checkpoint."""
-        last = last_row(self.workdir / FILE)
-        if last is not None:
-            self.ledger.add_waste_since(last, seconds=self._seconds())
+        """Charges what an interrupted run did after its last checkpoint.
+
+        A file keeps the sum, since another kill may come before the next checkpoint.
+        """
+        file, last = self.workdir / WASTED, last_row(self.workdir / FILE)
+        if file.exists():
+            self.ledger.take_waste(json.loads(file.read_text()))
+        lost = last and self.ledger.add_waste_since(last, seconds=self._seconds())
+        if lost and jax.process_index() == 0:
+            write_json_atomic(file, self.ledger.wasted)
 
     # ---- outputs ---------------------------------------------------------------------------
 
@@ -392,7 +438,8 @@ class Trainer:
             write_json_atomic(self.workdir / 'config.json', self.config)
         self.writer = MetricsWriter(
             self.workdir,
-            resume_step=self.resumed_from or 0,
+            # The row of a step whose evaluations are not complete is written again.
+            resume_step=(self.resumed_from or 0) - (self.row is not None),
             tensorboard=log['tensorboard'],
             wandb=log['wandb'],
             config=self.config,
@@ -417,6 +464,10 @@ class Trainer:
             f'{self.config["name"] or "run"}: {human(runtime.params)} parameters, '
             f'{human(flops, "FLOP")} a step, on {where}; {how}; files in {self.workdir}'
         )
+        why = runtime.built.fallbacks
+        if why:
+            more = f' (and {len(why) - 4} more, in summary.json)' if len(why) > 4 else ''
+            self._say(f'sharding fell back in {len(why)} places: {" ".join(why[:4])}{more}')
         if self.resumed_from is not None:
             self._say(f'resumed from step {self.resumed_from} in {self.workdir}')
 

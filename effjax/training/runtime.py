@@ -88,11 +88,11 @@ class Runtime:
     def _check_optimizers(self) -> None:
         """Checks that every stage's optimizer keeps the state that the first one made."""
         first = trees.flatten(self.abstract['optimizer'])
+        structure: Any = jax.tree.structure(self.abstract['optimizer'])
         for stage in self.stages[1:]:
             state = self.optimizer(stage).abstract_state(self.abstract['params'])
             wrong = trees.differences(first, trees.flatten(state))
-            if jax.tree.structure(state) != jax.tree.structure(self.abstract['optimizer']):
-                wrong.append('other parts')
+            wrong += [] if jax.tree.structure(state) == structure else ['other parts']
             if wrong:
                 raise ConfigError(
                     f"config.stages.{stage.index}.optimizer changes the form of the optimizer's "

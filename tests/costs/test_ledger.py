@@ -113,6 +113,17 @@ def test_waste_is_no_progress():
     assert totals['steps'] == ledger.steps == 4
 
 
+def test_waste_that_another_ledger_booked_is_taken_up():
+    lost, restored = stepped(4), stepped(4)
+    lost.add_wasted_steps(3, tokens=300, seconds=2.5)
+    for _ in range(2):  # the same sum again is no more
+        restored.take_waste(lost.wasted)
+        assert restored.wasted == lost.wasted
+    restored.add_wasted_steps(1)
+    restored.take_waste(lost.wasted)
+    assert restored.wasted['steps'] == 4
+
+
 def test_skipped_steps_are_charged_and_counted():
     ledger = stepped(3)
     ledger.add_skipped()

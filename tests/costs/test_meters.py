@@ -38,6 +38,9 @@ def test_device_peak():
     assert meters.peak_device_bytes([types.SimpleNamespace(memory_stats=refuses)]) is None
     assert meters.peak_device_bytes(jax.devices('cpu')) is None
     assert set(meters.memory()) == {'device_peak_bytes', 'host_peak_bytes'}
+    kept = meters.memory(before={'device_peak_bytes': 1 << 60, 'host_peak_bytes': 1, 'plan': 5})
+    assert kept['device_peak_bytes'] == 1 << 60 and kept['plan'] == 5
+    assert kept['host_peak_bytes'] > 1
 
 
 def test_host_memory(monkeypatch):
