@@ -6,6 +6,7 @@
   `walk`, `walk_jaxpr`   FLOPs that a function really executes (rematerialisation included).
   `peak_flops`, `mfu`    peak of a device, and utilisation with its convention in words.
   `meters`, `EnergyMeter`, `compiled_memory`   memory and energy; None where nothing measures it.
+  `reference`     seconds of a step on a named device, by a table that was measured once.
   `formulas`      closed forms: 6ND, device-hours, bytes of a KV cache.
   `svg`           line plots as SVG text, for reports.
 
