@@ -52,26 +52,18 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path | None = None) ->
     """
     quiet_platform()
     from effjax import report
-    from effjax.core.config import as_dict, check_form
+    from effjax.core.config import check_form
     from effjax.parallel import broadcast, initialize, is_primary
-    from effjax.training import finish, setup
-    from effjax.training.files import write_json_atomic
-    from effjax.training.loop import Trainer
+    from effjax.training.session import train
 
     check_form(config)
-    setup.check(config)
-    plain = as_dict(config)
     if workdir is None:
         initialize()  # the folder's name holds the time: all processes take the first one's
-        workdir = broadcast(default_workdir(plain['name']).as_posix())
-    trainer = Trainer(plain, pathlib.Path(workdir))
-    stopped_by = trainer.run()
-    summary = finish.summary(trainer)
-    page = trainer.workdir / 'report.html'
-    if is_primary():
-        write_json_atomic(trainer.workdir / 'summary.json', summary)
-        page = report.write(trainer.workdir)
-    return Run(trainer.workdir, summary, page, stopped_by)
+        workdir = broadcast(default_workdir(config['name']).as_posix())
+    folder = pathlib.Path(workdir)
+    summary, stopped_by = train(config, folder)
+    page = report.write(folder) if is_primary() else folder / 'report.html'
+    return Run(folder, summary, page, stopped_by)
 
 
 def default_workdir(name: str) -> pathlib.Path:

@@ -1,0 +1,323 @@
+"""From finished runs to findings: winners of the tuning, paired differences, verdicts, ratios.
+
+Pure functions of a study and its cells; what is refused is refused here, in words.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+
+from effjax.study import stats, words
+from effjax.study.records import COSTS, Analysis, Cell, Comparison, Ratio, Tuning
+from effjax.study.spec import AXES, Arm, Study
+
+MOST_WAIT = 0.05  # share of training time spent waiting for data, above which time says nothing
+_CLOCKED = ('seconds', 'joules')
+
+
+def tune(study: Study, arm: Arm, cells: Sequence[Cell]) -> Tuning | None:
+    """Returns the winner of an arm's grid, None where no value ended well or nothing is tuned.
+
+    Args:
+      study: the study.
+      arm: whose grid.
+      cells: all cells; those of other arms and phases are left out.
+    """
+    grid = study.grid_of(arm)
+    if not grid:
+        return None
+    mine = [c for c in cells if c.arm == arm.name and c.phase == 'tune']
+    values: list[float | None] = []
+    for value in grid:
+        found = [c.value for c in mine if c.settings.get(study.tune_key) == value]
+        whole = [v for v in found if v is not None]
+        values.append(statistics.mean(whole) if whole and len(whole) == len(found) else None)
+    ended = [(v, g) for v, g in zip(values, grid, strict=True) if v is not None]
+    if not ended:
+        return None
+    chosen = (min if study.lower_is_better else max)(ended)[1]
+    return Tuning(
+        key=study.tune_key,
+        grid=list(grid),
+        values=values,
+        chosen=chosen,
+        edge=chosen in (grid[0], grid[-1]),
+    )
+
+
+def analyse(
+    study: Study,
+    cells: Sequence[Cell],
+    *,
+    code: str,
+    commands: Sequence[str] = (),
+    scale: str = '',
+    sources: Mapping[str, Mapping[str, float | None]] | None = None,
+    notes: Sequence[str] = (),
+) -> Analysis:
+    """Returns a study's findings.
+
+    Args:
+      study: the study.
+      cells: its runs, those not run yet included.
+      code: digest of the code version, or several joined by '+'.
+      commands: what makes the study again.
+      scale: the workload in words.
+      sources: arm -> costs of the source model that it reuses.
+      notes: sentences on the study as a whole.
+    """
+    final = [c for c in cells if c.phase == 'final']
+    devices = sorted({str(c.environment['device']) for c in final if 'device' in c.environment})
+    tunings = {arm.name: tune(study, arm, cells) for arm in study.arms}
+    arms = {
+        arm.name: {
+            'method': arm.method,
+            'changes': [*([f'config={arm.config}'] if arm.config else []), *arm.overrides],
+            'tuning': tunings[arm.name],
+            'commands': [],
+        }
+        for arm in study.arms
+    }
+    general = [*notes, *_general(study, final)]
+    return Analysis(
+        name=study.name,
+        question=study.question,
+        metric=study.metric,
+        lower_is_better=study.lower_is_better,
+        margin=study.margin,
+        axis=study.axis,
+        budget=study.budget,
+        fractions=list(study.fractions),
+        seeds=list(study.seeds),
+        baseline=study.baseline.name,
+        arms=arms,
+        comparisons=[
+            _compare(study, arm, final, tunings, dict((sources or {}).get(arm.name, {})))
+            for arm in study.arms[1:]
+        ],
+        cells=list(cells),
+        device=devices[0] if len(devices) == 1 else '',
+        date=max((str(c.environment.get('finished', ''))[:10] for c in final), default=''),
+        code=code,
+        scale=study.scale or scale,
+        commands=list(commands),
+        notes=general,
+    )
+
+
+def noise(cells: Sequence[Cell]) -> float | None:
+    """Returns the standard deviation of a metric over runs that differ in seed alone."""
+    values = [c.value for c in cells if c.value is not None]
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+# ---- one arm against the baseline --------------------------------------------------------------
+
+
+def _compare(
+    study: Study,
+    arm: Arm,
+    final: Sequence[Cell],
+    tunings: Mapping[str, Tuning | None],
+    source: Mapping[str, float | None],
+) -> Comparison:
+    base, mine = _full(study.baseline.name, final), _full(arm.name, final)
+    pairs = [[float(s), _value(base, s), _value(mine, s)] for s in study.seeds]
+    differences = [b - a for _, a, b in pairs if a is not None and b is not None]
+    interval = stats.paired_interval(differences) if len(differences) > 1 else None
+    spent = {axis: _spent(base, mine, axis) for axis in COSTS}
+    notes = _notes(study, arm, final, tunings)
+    reason = _refusal(study, base, mine)
+    verdict, ratio = 'failed', None
+    detectable = None
+    if interval is None:
+        reason = reason or _failure(study, arm, final)
+    elif reason:
+        verdict = 'refused'
+    else:
+        verdict = stats.verdict(interval, study.margin, study.lower_is_better)
+        ratio = _ratio(study, arm, final)
+        detectable = stats.minimum_detectable(interval.sd, interval.n) if interval.sd else None
+    clocked = _clock_refusal(base, mine)
+    ratios = _on_all_axes(study, ratio, spent, clocked)
+    return Comparison(
+        arm=arm.name,
+        baseline=study.baseline.name,
+        verdict=verdict,
+        sentence=words.sentence(
+            arm=arm.name,
+            baseline=study.baseline.name,
+            verdict=verdict,
+            axis=study.axis,
+            metric=study.metric,
+            difference=interval,
+            ratio=ratio,
+            margin=study.margin,
+            detectable=detectable,
+            reason=reason,
+        ),
+        difference=interval,
+        pairs=pairs,
+        detectable=detectable,
+        at_equal_quality=ratios,
+        source_charged=_charged(ratios, base, source),
+        spent=spent,
+        notes=[*notes, *([f'No ratio of time or energy: {clocked}.'] if clocked else [])],
+    )
+
+
+def _full(arm: str, final: Sequence[Cell]) -> dict[int, Cell]:
+    """Returns seed -> the arm's run at the full budget."""
+    return {c.seed: c for c in final if c.arm == arm and c.fraction == 1.0}
+
+
+def _value(cells: Mapping[int, Cell], seed: int) -> float | None:
+    return cells[seed].value if seed in cells else None
+
+
+def _ratio(study: Study, arm: Arm, final: Sequence[Cell]) -> Ratio | None:
+    def curves(name: str) -> dict[float, dict[int, float]]:
+        out: dict[float, dict[int, float]] = {}
+        for c in final:
+            if c.arm == name and c.value is not None:
+                out.setdefault(c.fraction, {})[c.seed] = c.value
+        return out
+
+    found = curves(arm.name), curves(study.baseline.name)
+    if len(study.fractions) < 2 or not all(1.0 in side for side in found):
+        return None
+    return stats.budget_ratio(*found, lower_is_better=study.lower_is_better)
+
+
+def _spent(base: Mapping[int, Cell], mine: Mapping[int, Cell], axis: str) -> float | None:
+    """Returns mean cost(arm) / mean cost(baseline) at the full budget, None where not known."""
+    sides = []
+    for cells in (base, mine):
+        known = [c.costs.get(axis) for c in cells.values() if c.status == 'done']
+        if not known or any(v is None for v in known):
+            return None
+        sides.append(statistics.mean(v for v in known if v is not None))
+    return sides[1] / sides[0] if sides[0] else None
+
+
+def _on_all_axes(
+    study: Study, ratio: Ratio | None, spent: Mapping[str, float | None], clocked: str
+) -> dict[str, Ratio | None]:
+    """Returns the ratio on every axis: a run's costs grow together, so one factor converts them."""
+    out: dict[str, Ratio | None] = {}
+    for axis in AXES:
+        own, other = spent.get(study.axis), spent.get(axis)
+        hidden = bool(clocked) and axis in _CLOCKED
+        if ratio is None or own is None or other is None or hidden or not own:
+            out[axis] = None
+            continue
+        factor = 1.0 if axis == study.axis else other / own
+        out[axis] = dataclasses.replace(
+            ratio, ratio=ratio.ratio * factor, low=ratio.low * factor, high=ratio.high * factor
+        )
+    return out
+
+
+def _charged(
+    ratios: Mapping[str, Ratio | None],
+    base: Mapping[int, Cell],
+    source: Mapping[str, float | None],
+) -> dict[str, Ratio | None]:
+    """Returns the ratios with the source model's cost added; {} where none is reused."""
+    if not source:
+        return {}
+    out: dict[str, Ratio | None] = {}
+    for axis, ratio in ratios.items():
+        costs = [c.costs.get(axis) for c in base.values() if c.status == 'done']
+        known = [v for v in costs if v is not None]
+        extra = source.get(axis)
+        if ratio is None or extra is None or not known:
+            out[axis] = None
+            continue
+        more = extra / statistics.mean(known)
+        out[axis] = dataclasses.replace(
+            ratio, ratio=ratio.ratio + more, low=ratio.low + more, high=ratio.high + more
+        )
+    return out
+
+
+# ---- what a reader must know -------------------------------------------------------------------
+
+
+def _refusal(study: Study, base: Mapping[int, Cell], mine: Mapping[int, Cell]) -> str:
+    return _clock_refusal(base, mine) if study.axis in _CLOCKED else ''
+
+
+def _clock_refusal(base: Mapping[int, Cell], mine: Mapping[int, Cell]) -> str:
+    """Returns why time and energy of these runs cannot be compared, '' if they can."""
+    cells = [c for c in (*base.values(), *mine.values()) if c.status == 'done']
+    devices = sorted({str(c.environment.get('device')) for c in cells})
+    if len(devices) > 1:
+        return f'the runs were made on different devices ({", ".join(devices)})'
+    if any(c.environment.get('batched') for c in cells):
+        return 'several runs shared one compiled step, so that none has a time of its own'
+    waits = [
+        (c.costs.get('data_seconds') or 0.0) / seconds
+        for c in cells
+        if (seconds := c.costs.get('seconds'))
+    ]
+    if waits and max(waits) > MOST_WAIT:
+        return (
+            f'a run waited for its data for {max(waits):.0%} of its training time (at most '
+            f'{MOST_WAIT:.0%}), so that its time measures the loader'
+        )
+    return ''
+
+
+def _failure(study: Study, arm: Arm, final: Sequence[Cell]) -> str:
+    sides = (study.baseline.name, arm.name)
+    bad = [c for c in final if c.arm in sides and c.fraction == 1.0 and c.status != 'done']
+    if not bad:
+        return f'{arm.name} has no runs at the full budget'
+    missing = [c for c in bad if c.status == 'missing']
+    if len(missing) == len(bad):
+        return f'{len(missing)} of its runs have not been made yet'
+    told = next(c for c in bad if c.status != 'missing')
+    return f'{len(bad)} runs did not end well; {told.arm}, seed {told.seed}: {told.error}'
+
+
+def _notes(
+    study: Study, arm: Arm, final: Sequence[Cell], tunings: Mapping[str, Tuning | None]
+) -> list[str]:
+    out = []
+    for name in (study.baseline.name, arm.name):
+        tuning = tunings[name]
+        if not study.tune_key:
+            continue
+        if tuning is None:
+            out.append(f'{name} is untuned: no value of its grid ended well.')
+        elif tuning.edge:
+            out.append(
+                f'{name} is untuned: its best {tuning.key}, {tuning.chosen:g}, is at the edge of '
+                'its grid.'
+            )
+    bad = [c for c in final if c.arm in (study.baseline.name, arm.name)]
+    for status in ('failed', 'diverged', 'missing'):
+        count = sum(c.status == status for c in bad)
+        if count:
+            words_ = {'missing': 'not run yet'}.get(status, status)
+            out.append(f'{count} of {len(bad)} runs {words_}.')
+    return out
+
+
+def _general(study: Study, final: Sequence[Cell]) -> list[str]:
+    out = []
+    backends = {c.environment.get('backend') for c in final if c.environment}
+    if 'cpu' in backends:
+        out.append(
+            'Measured on a CPU: what it says of time does not carry over to an accelerator, and '
+            'what it says of FLOPs holds at this small size.'
+        )
+    if not study.tune_key:
+        out.append('Nothing was tuned: each arm ran with the learning rate of its config.')
+    if len(study.arms) > 2:
+        out.append(
+            f'{len(study.arms) - 1} arms against one baseline: each interval is 95 % by itself, '
+            'not for all of them together.'
+        )
+    return out

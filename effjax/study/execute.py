@@ -1,0 +1,260 @@
+"""Runs what is missing of a study: here one group after another, or in processes of their own.
+
+A run that fails or diverges is noted and shown, never dropped; a kill at any moment loses at most
+what the run's own checkpoints do not hold, and the same command goes on.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from effjax.core.errors import EffjaxError, StudyError, TrainingError
+from effjax.study import store
+from effjax.study.plan import Group, Job
+
+
+class Stopped(StudyError):
+    """A signal asked the study to stop; what is done stays done."""
+
+
+class Runner:
+    """Runs groups of jobs in a study's folder.
+
+    Args:
+      out: the study's folder.
+      code: digest of the code that runs.
+      batched: whether a group shares one compiled step.
+      devices: one entry a worker, the value of CUDA_VISIBLE_DEVICES that it gets ('' leaves the
+        environment alone); a single entry '' runs in this process.
+      any_code: accept stored results of another code version.
+      retry_failed: run again what failed or diverged.
+      say: takes a line for the user.
+    """
+
+    def __init__(
+        self,
+        out: pathlib.Path,
+        code: str,
+        *,
+        batched: bool = False,
+        devices: Sequence[str] = ('',),
+        any_code: bool = False,
+        retry_failed: bool = False,
+        say: Callable[[str], None] = print,
+    ):
+        self.out, self.code, self.batched = out, code, batched
+        self.devices, self.say = list(devices), say
+        self._any_code, self._retry = any_code, retry_failed
+        self._processes: set[subprocess.Popen[str]] = set()
+        self._stopping = threading.Event()
+
+    def missing(self, group: Group) -> list[Job]:
+        """Returns the jobs of a group that still have to run.
+
+        Raises:
+          StudyError: a stored result of another config or code version.
+        """
+        again = ('missing', 'running', *(('failed', 'diverged') if self._retry else ()))
+        states = (store.status(j, self.out, self.code, any_code=self._any_code) for j in group.jobs)
+        return [job for job, state in zip(group.jobs, states, strict=True) if state in again]
+
+    def run(self, groups: Sequence[Group]) -> None:
+        """Runs all that is missing of some groups, one after another or side by side.
+
+        Raises:
+          StudyError: a stored result of another config or code version.
+          Stopped: a signal came.
+        """
+        todo = [(group.name, jobs) for group in groups if (jobs := self.missing(group))]
+        units = [
+            (name, part)
+            for name, jobs in todo
+            for part in ([jobs] if self.batched else _each(jobs))
+        ]
+        if self.devices == ['']:
+            for i, (name, jobs) in enumerate(units, 1):
+                self.say(f'[{i}/{len(units)}] {_describe(name, jobs)}')
+                run_jobs(jobs, self.out, self.code, batched=self.batched)
+                self._report(jobs)
+        elif units:
+            self._side_by_side(units)
+
+    # ---- processes -------------------------------------------------------------------------
+
+    def _side_by_side(self, units: list[tuple[str, list[Job]]]) -> None:
+        free = list(self.devices)
+        lock = threading.Lock()
+
+        def work(index: int, name: str, jobs: list[Job]) -> None:
+            if self._stopping.is_set():
+                return
+            with lock:
+                device = free.pop()
+            try:
+                where = f' on device {device}' if device else ''
+                self.say(f'[{index}/{len(units)}] {_describe(name, jobs)}{where}')
+                self._process(jobs, device)
+                self._report(jobs)
+            finally:
+                with lock:
+                    free.append(device)
+
+        with concurrent.futures.ThreadPoolExecutor(len(self.devices)) as pool:
+            futures = [pool.submit(work, i, *unit) for i, unit in enumerate(units, 1)]
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    future.result()
+            except BaseException:
+                self._stopping.set()
+                for process in list(self._processes):
+                    process.terminate()
+                raise
+
+    def _process(self, jobs: list[Job], device: str) -> None:
+        env = dict(os.environ)
+        if device and not device.startswith('cpu'):
+            env['CUDA_VISIBLE_DEVICES'] = device
+        root = pathlib.Path(__file__).parents[2].as_posix()
+        env['PYTHONPATH'] = os.pathsep.join(filter(None, [root, env.get('PYTHONPATH', '')]))
+        order = {
+            'out': self.out.as_posix(),
+            'code': self.code,
+            'batched': self.batched,
+            'jobs': [vars(job) for job in jobs],
+        }
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'effjax.study.worker'],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._processes.add(process)
+        _, errors = process.communicate(json.dumps(order))
+        self._processes.discard(process)
+        if process.returncode == 3 or self._stopping.is_set():
+            raise Stopped('stopped by a signal; the same command goes on.')
+        if process.returncode:
+            for job in jobs:
+                if store.status(job, self.out, self.code, any_code=True) == 'running':
+                    last = (errors.strip().splitlines() or ['no message'])[-1]
+                    text = f'its process ended with exit code {process.returncode}: {last}'
+                    store.end(job, self.out, self.code, 'failed', text)
+
+    def _report(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            note = json.loads((self.out / job.folder / store.FILE).read_text())
+            if note['status'] != 'done':
+                self.say(f'    seed {job.seed} {note["status"]}: {note["error"]}')
+
+
+def run_jobs(jobs: Sequence[Job], out: pathlib.Path, code: str, *, batched: bool) -> None:
+    """Runs jobs in this process and notes how each ended.
+
+    Raises:
+      Stopped: a signal came.
+    """
+    share_programs()
+    for job in jobs:
+        store.begin(job, out, code)
+    with _quiet():
+        if batched and len(jobs) > 1:
+            _run_batched(jobs, out, code)
+        else:
+            for job in jobs:
+                _run_one(job, out, code)
+    for job in jobs:
+        shutil.rmtree(out / job.folder / 'checkpoints', ignore_errors=True)
+
+
+def share_programs() -> None:
+    """Keeps compiled programs in the cache folder: the runs of an arm compile once between them.
+
+    A run's compile seconds are then those of finding its program, except for the first.
+    """
+    import jax
+
+    from effjax.data import cache
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update('jax_compilation_cache_dir', (cache.root() / 'xla').as_posix())
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+
+
+def _run_one(job: Job, out: pathlib.Path, code: str) -> None:
+    from effjax.training.session import train
+
+    try:
+        _, stopped_by = train(job.config, out / job.folder)
+    except Exception as error:
+        store.end(job, out, code, _kind(error), _message(error))
+        return
+    if stopped_by:
+        raise Stopped(f'stopped by {stopped_by}; the same command goes on.')
+    store.end(job, out, code, 'done')
+
+
+def _run_batched(jobs: Sequence[Job], out: pathlib.Path, code: str) -> None:
+    from effjax.training.batched import run_batched
+
+    try:
+        summaries = run_batched([j.config for j in jobs], [out / j.folder for j in jobs])
+    except Exception as error:
+        for job in jobs:
+            store.end(job, out, code, _kind(error), _message(error))
+        return
+    for job, summary in zip(jobs, summaries, strict=True):
+        if summary.get('stopped_by'):
+            raise Stopped(f'stopped by {summary["stopped_by"]}; the same command goes on.')
+        store.end(
+            job, out, code, 'done' if summary['complete'] else 'diverged', summary.get('error', '')
+        )
+
+
+def _kind(error: Exception) -> str:
+    return 'diverged' if isinstance(error, TrainingError) else 'failed'
+
+
+def _message(error: Exception) -> str:
+    text = ' '.join(str(error).split())
+    return text if isinstance(error, EffjaxError) else f'{type(error).__name__}: {text[:300]}'
+
+
+def _describe(name: str, jobs: Sequence[Job]) -> str:
+    seeds = sorted({job.seed for job in jobs})
+    values = sorted({f'{v:g}' for job in jobs for v in job.settings.values()}, key=float)
+    key = next((k for job in jobs for k in job.settings), '')
+    shown = [f'seed{"s" if len(seeds) > 1 else ""} {", ".join(map(str, seeds))}']
+    if jobs[0].phase == 'tune':
+        shown = [f'{key} {", ".join(values)}']
+    return f'{name}: {"; ".join(shown)}'
+
+
+def _each(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    return ([job] for job in jobs)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps a run's own lines off the study's output; they stand in its folder."""
+    with open(os.devnull, 'w') as sink, contextlib.redirect_stderr(sink):
+        yield
+
+
+def worker(order: dict[str, Any]) -> int:
+    """Runs an order that `Runner` wrote; returns the exit code: 0, or 3 when stopped."""
+    jobs = [Job(**job) for job in order['jobs']]
+    try:
+        run_jobs(jobs, pathlib.Path(order['out']), order['code'], batched=order['batched'])
+    except Stopped:
+        return 3
+    return 0

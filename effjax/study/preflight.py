@@ -1,0 +1,165 @@
+"""What must hold before a study starts, and what it will cost: no array is made here.
+
+Each arm is built abstractly: parameters, cost of a step, steps at the budget, and a digest of the
+batches it would be judged on, which must be the same in all arms.
+"""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from effjax.core.config import as_dict, check_form
+from effjax.core.errors import EffjaxError, StudyError
+from effjax.costs.reference import reference_seconds
+from effjax.study import plan
+from effjax.study.spec import AXES, Arm, Study
+from effjax.training import schedules, setup
+from effjax.training.runtime import Runtime
+
+LEAST_STEPS = 10
+BATCHED_PARAMS = 50e6  # parameters of all lanes together, up to which `vmap` is chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """An arm, before it runs.
+
+    Attributes:
+      params: parameters.
+      step_flops: model FLOPs of a training step (of the first stage).
+      steps: steps at the full budget, None where only running tells.
+      evaluation: digest of the batches that the metric is taken on.
+      data: the data in words.
+      resolved: the config with what the data knows filled in.
+    """
+
+    params: int
+    step_flops: float
+    steps: int | None
+    evaluation: str
+    data: dict[str, Any]
+    resolved: dict[str, Any]
+
+
+def examine(study: Study) -> dict[str, Facts]:
+    """Returns arm -> facts.
+
+    Raises:
+      StudyError: an arm whose config is wrong, that reads other evaluation data, lacks the metric's
+        evaluation, does not decay its schedule, or cannot reach the budget.
+    """
+    facts = {arm.name: _arm(study, arm) for arm in study.arms}
+    first = facts[study.baseline.name]
+    for name, fact in facts.items():
+        if fact.evaluation != first.evaluation:
+            raise StudyError(
+                f'arm {name!r} would be judged on other batches than {study.baseline.name!r} '
+                f'(evaluation {study.metric.split(".")[0]!r}), so that their numbers cannot be '
+                'compared; give all arms the same held-out data, tokenizer, seq_len and '
+                'evals.<name>.batch_size.'
+            )
+    return facts
+
+
+def batched(study: Study, facts: dict[str, Facts]) -> bool:
+    """Whether runs share a compiled step; see `Study.batched`."""
+    if study.axis in ('seconds', 'joules'):
+        if study.batched:
+            raise StudyError(
+                f'batched runs share the clock, so that a budget in {AXES[study.axis][1]} means '
+                'nothing for one of them; use --batched=no.'
+            )
+        return False
+    if study.batched is not None:
+        return study.batched
+    lanes = max(len(study.seeds), len(study.grid) * study.tune_seeds)
+    one_device = all(
+        size in (-1, 1) for f in facts.values() for size in f.resolved['mesh'].values()
+    )
+    plain = all(not f.resolved['stages'] for f in facts.values())
+    small = all(f.params * lanes <= BATCHED_PARAMS for f in facts.values())
+    return one_device and plain and small
+
+
+def _arm(study: Study, arm: Arm) -> Facts:
+    job = plan.final(study, arm, {})[-1].jobs[0]
+    try:
+        check_form(job.config)
+        setup.check(job.config)
+        runtime = Runtime(job.config)
+        digest = _evaluation(study, runtime)
+        steps = _steps(study, runtime)
+    except EffjaxError as e:
+        raise StudyError(f'arm {arm.name!r}: {e}') from e
+    for stage in runtime.stages:
+        _check_decay(arm, stage.config['schedule'], last=stage is runtime.stages[-1])
+    least = min(study.fractions[0], study.tune_fraction if study.tune_key else 1.0)
+    if steps is not None and steps * least < LEAST_STEPS:
+        raise StudyError(
+            f'arm {arm.name!r} cannot reach the budget: {study.budget:g} {AXES[study.axis][1]} '
+            f'are {steps} of its steps ({max(0, round(steps * least))} in the shortest run), and a '
+            f'schedule needs at least {LEAST_STEPS}; raise --budget or make its step smaller.'
+        )
+    stage = runtime.stages[0]
+    flops = sum(cost.train_flops for cost in runtime.costs(stage).values())
+    return Facts(
+        params=runtime.params,
+        step_flops=float(flops),
+        steps=steps,
+        evaluation=digest,
+        data=as_dict(runtime.dataset.info.description),
+        resolved=as_dict(runtime.config),
+    )
+
+
+def _check_decay(arm: Arm, block: dict[str, Any], *, last: bool) -> None:
+    schedule = schedules.build(block)
+    if last and schedule(1.0) > 0.01 * schedule.peak:
+        raise StudyError(
+            f'arm {arm.name!r}: its schedule ends at {schedule(1.0) / schedule.peak:.0%} of its '
+            'peak, and runs that are not decayed to zero at the budget cannot be compared; set '
+            'schedule.final=0, or another kind (linear, cosine, wsd).'
+        )
+
+
+def _steps(study: Study, runtime: Runtime) -> int | None:
+    """Steps at the full budget where a step's size is known beforehand (one stage)."""
+    stage = runtime.stages[0]
+    if len(runtime.stages) > 1 or study.axis in ('seconds', 'joules', 'hardware_flops'):
+        return None
+    size = stage.config['batch_size']
+    examples, tokens = runtime.task.units(size, stage.config['seq_len'])
+    sizes: dict[str, float | None] = {
+        'steps': 1.0,
+        'tokens': tokens,
+        'examples': examples,
+        'model_flops': sum(cost.train_flops for cost in runtime.costs(stage).values()),
+    }
+    if study.axis == 'reference_seconds':
+        sizes['reference_seconds'] = reference_seconds(stage.config)
+        if sizes['reference_seconds'] is None:
+            raise StudyError(
+                'a budget in reference time needs config.reference, a table made by `python -m '
+                'effjax.calibrate`.'
+            )
+    one = sizes[study.axis]
+    return round(study.budget / one) if one else 0
+
+
+def _evaluation(study: Study, runtime: Runtime) -> str:
+    """Returns a digest of every batch of the metric's evaluation."""
+    name = study.metric.partition('.')[0]
+    found = {e.name: e for e in runtime.evaluations(runtime.stages[-1])}
+    if name not in found:
+        raise StudyError(
+            f'there is no evaluation {name!r} for the metric {study.metric!r}; the config has '
+            f'{", ".join(found) or "none"}: set config.evals.{name}.'
+        )
+    digest = hashlib.sha256()
+    for batch in found[name].source:
+        for key in sorted(batch):
+            digest.update(key.encode())
+            digest.update(np.ascontiguousarray(batch[key]).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,259 @@
+"""A study as data: arms that differ in config, budget, seeds, metric, margin, tuning grid.
+
+A study file, `experiments/<name>/study.py`, defines `get_study() -> Study`; `python -m
+effjax.compare` also makes one from a baseline and its changes.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from effjax.core import config as config_lib
+from effjax.core.errors import ConfigError, StudyError
+from effjax.core.registry import suggest
+
+# Budget axis -> (unit in config.budget, words). The ledger has a column of the same name.
+AXES = {
+    'model_flops': ('flops', 'model FLOPs'),
+    'hardware_flops': ('hwflops', 'hardware FLOPs'),
+    'tokens': ('tokens', 'tokens'),
+    'examples': ('examples', 'examples'),
+    'steps': ('steps', 'steps'),
+    'reference_seconds': ('ref_s', 'reference time'),
+    'seconds': ('s', 'training time'),
+    'joules': ('J', 'energy'),
+}
+FRACTIONS = (0.6, 0.75, 0.9, 1.0)  # of the budget; each run decays its own schedule to zero
+_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.+-]*')
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One side of a comparison.
+
+    Attributes:
+      name: unique within the study; a folder's name.
+      overrides: 'a.b=c' over the study's config; a tuple, in order.
+      config: a config file of its own in place of the study's; '' takes the study's.
+      method: the technique's id in `python -m effjax.methods`, for its card; '' for none.
+      grid: values of the study's tuned key for this arm, as many as the study's; () takes those.
+      init_offset: added to the seed of the initial values alone: with 0 the arms start equal.
+      source_run: folder of a finished run whose model this arm reuses; its cost is charged in a
+        column of its own.
+    """
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    config: str = ''
+    method: str = ''
+    grid: tuple[float, ...] = ()
+    init_offset: int = 0
+    source_run: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What is compared, and how.
+
+    Attributes:
+      name: the study's name; a folder's name.
+      config: the config file (with `:variant`) that the arms change.
+      arms: the first is the baseline.
+      axis: what the budget counts, a key of `AXES`.
+      budget: how much of it each run gets.
+      seeds: one run of each arm for each; equal seeds share data order, evaluation batches and,
+        where shapes match, initial values.
+      metric: 'EVALUATION.METRIC', such as 'valid.loss', at the end of the run.
+      lower_is_better: the metric's direction.
+      margin: differences within plus or minus this do not matter; fixed before the runs. 0 means
+        that no difference is too small, and then nothing is ever called equivalent.
+      fractions: shares of the budget at which every arm is run, each with its own schedule
+        decayed at its end; the last is 1. (1.0,) answers 'better at equal budget?' alone, more
+        also 'how much budget for equal quality?'.
+      tune_key: the config key that is tuned; '' tunes nothing, which the report says.
+      grid: its values, at least three, ascending; every arm tries equally many.
+      tune_fraction: share of the budget that a tuning run gets.
+      tune_seeds: how many runs each value gets.
+      overrides: 'a.b=c' for all arms.
+      batched: whether the runs of one arm and budget share a compiled step by `vmap`: True, False,
+        or None to choose by size.
+      question: what it settles, in a sentence.
+      scale: the workload in words; '' lets it be described by its numbers.
+    """
+
+    name: str
+    config: str
+    arms: tuple[Arm, ...]
+    axis: str = 'model_flops'
+    budget: float = 0.0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    metric: str = 'valid.loss'
+    lower_is_better: bool = True
+    margin: float = 0.0
+    fractions: tuple[float, ...] = FRACTIONS
+    tune_key: str = 'schedule.peak'
+    grid: tuple[float, ...] = ()
+    tune_fraction: float = 0.25
+    tune_seeds: int = 1
+    overrides: tuple[str, ...] = ()
+    batched: bool | None = None
+    question: str = ''
+    scale: str = ''
+
+    @property
+    def baseline(self) -> Arm:
+        """The arm that the others are compared with."""
+        return self.arms[0]
+
+    def arm(self, name: str) -> Arm:
+        """Returns an arm by name."""
+        return next(a for a in self.arms if a.name == name)
+
+    def grid_of(self, arm: Arm) -> tuple[float, ...]:
+        """Returns the values of the tuned key that an arm tries; () where nothing is tuned."""
+        return (arm.grid or self.grid) if self.tune_key else ()
+
+
+def check(study: Study) -> None:
+    """Checks a study's form; what its configs hold is checked by `study.preflight`.
+
+    Raises:
+      StudyError: in one sentence, what is wrong and what to do.
+    """
+    if study.axis not in AXES:
+        raise StudyError(f'no budget axis {study.axis!r}.' + suggest(study.axis, AXES))
+    if not study.budget > 0:
+        raise StudyError(f'the budget must be positive, got {study.budget:g}; give --budget.')
+    if len(study.arms) < 2:
+        raise StudyError('a study needs a baseline and at least one change; give --change.')
+    _check_names(study)
+    if len(set(study.seeds)) != len(study.seeds):
+        raise StudyError(f'seeds must differ, got {list(study.seeds)}.')
+    if len(study.seeds) < 2:
+        raise StudyError(
+            'one seed has no interval, so that nothing could be told from noise; give at least 2 '
+            'seeds (--seeds=3).'
+        )
+    if study.margin < 0:
+        raise StudyError(f'the margin must not be negative, got {study.margin:g}.')
+    if len(study.metric.split('.')) != 2:
+        raise StudyError(
+            f"the metric must be EVALUATION.METRIC, such as 'valid.loss', got {study.metric!r}."
+        )
+    _check_fractions(study)
+    if study.tune_key:
+        _check_grids(study)
+
+
+def load(path: str) -> Study:
+    """Loads a study file, or the `study.py` of a folder.
+
+    Raises:
+      StudyError: no such file, or one without `get_study`.
+    """
+    file = pathlib.Path(path)
+    file = file / 'study.py' if file.is_dir() else file
+    if not file.is_file():
+        near = [p.parent.as_posix() for p in pathlib.Path('experiments').glob('*/study.py')]
+        raise StudyError(f'no study {path!r}.' + suggest(path, near))
+    module_spec = importlib.util.spec_from_file_location(f'effjax_study_{file.parent.name}', file)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as e:
+        raise StudyError(f'{file} cannot be loaded: {e}.') from e
+    if not hasattr(module, 'get_study'):
+        raise StudyError(f'{file} has no function get_study().')
+    study = module.get_study()
+    check(study)
+    return study
+
+
+def split_change(text: str) -> tuple[str, ...]:
+    """Splits 'a.b=c d.e={...}' at the blanks that stand before a key; one change is one arm.
+
+    Raises:
+      StudyError: no `=` in it.
+    """
+    parts = tuple(re.split(r'\s+(?=[A-Za-z_][\w.]*=)', text.strip()))
+    for part in parts:
+        if '=' not in part:
+            raise StudyError(f'change {part!r} has no value; write --change KEY=VALUE.')
+    return parts
+
+
+def arm_name(overrides: Sequence[str]) -> str:
+    """Returns a name for a change: 'model.ffn.kind=gelu' is 'ffn.kind-gelu'."""
+    words = ['-'.join(o.removeprefix('model.').split('=', 1)) for o in overrides]
+    return re.sub(r'[^A-Za-z0-9_.+-]+', '_', '+'.join(words)).strip('_.+-')[:60] or 'changed'
+
+
+def parse_budget(text: str) -> tuple[str, float]:
+    """Returns (axis, amount) of '20m', '1e9tokens', '3e16flops', '10ref_m', ...
+
+    Raises:
+      StudyError: not a number with a unit.
+    """
+    try:
+        return config_lib.parse_budget(text)
+    except ConfigError as e:
+        raise StudyError(str(e)) from e
+
+
+def to_json(study: Study) -> dict[str, Any]:
+    """Returns a study as plain dicts and lists."""
+    return config_lib.as_dict(dataclasses.asdict(study))
+
+
+def from_json(saved: dict[str, Any]) -> Study:
+    """Returns the study that `to_json` saved."""
+    arms = tuple(Arm(**_tuples(arm)) for arm in saved['arms'])
+    return Study(**{**_tuples(saved), 'arms': arms})
+
+
+def _tuples(saved: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+
+
+def _check_names(study: Study) -> None:
+    names = [arm.name for arm in study.arms]
+    for name in (study.name, *names):
+        if not _NAME.fullmatch(name):
+            raise StudyError(
+                f'{name!r} cannot name a study or an arm: letters, digits, . _ + and - only.'
+            )
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice:
+        raise StudyError(f'two arms are called {twice!r}; give each a name of its own.')
+
+
+def _check_fractions(study: Study) -> None:
+    f = study.fractions
+    if not f or f[-1] != 1.0 or list(f) != sorted(set(f)) or f[0] <= 0:
+        raise StudyError(f'fractions must rise to 1 from above 0, got {list(f)}.')
+    if not 0 < study.tune_fraction <= 1:
+        raise StudyError(f'tune_fraction must be in (0, 1], got {study.tune_fraction:g}.')
+
+
+def _check_grids(study: Study) -> None:
+    if study.tune_seeds < 1:
+        raise StudyError(f'tune_seeds must be at least 1, got {study.tune_seeds}.')
+    size = len(study.grid)
+    if size < 3:
+        raise StudyError(
+            f'the tuning grid of {study.tune_key} needs at least 3 values, so that a winner can '
+            f'lie inside it, got {list(study.grid)}; give --grid, or --tune_key= to tune nothing.'
+        )
+    for arm in study.arms:
+        grid = study.grid_of(arm)
+        if len(grid) != size:
+            raise StudyError(
+                f'arm {arm.name!r} would tune over {len(grid)} values and the study over {size}; '
+                'every arm gets equally many.'
+            )
+        if list(grid) != sorted(set(grid)):
+            raise StudyError(f'the grid of arm {arm.name!r} must ascend, got {list(grid)}.')
