@@ -576,13 +576,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Writes a run's report, or one page that compares several runs.",
     )
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run (its --workdir)')
-    parser.add_argument('--out', help='page to write when comparing (default: comparison.html)')
+    parser.add_argument(
+        '--output', metavar='FILE', help='page to write when comparing (default: comparison.html)'
+    )
     args = parser.parse_args(argv)
     try:
-        if len(args.runs) == 1 and not args.out:
+        if len(args.runs) == 1 and not args.output:
             path = write(args.runs[0])
         else:
-            path = write_comparison(args.runs, args.out or 'comparison.html')
+            path = write_comparison(args.runs, args.output or 'comparison.html')
     except (EffjaxError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1

@@ -211,7 +211,7 @@ def test_command(tmp_path, capsys):
     a, b = make_run(tmp_path / 'a'), make_run(tmp_path / 'b')
     assert report.main([str(a)]) == 0
     assert capsys.readouterr().out == f'{a / "report.html"}\n'
-    assert report.main([str(a), str(b), '--out', str(tmp_path / 'both.html')]) == 0
+    assert report.main([str(a), str(b), '--output', str(tmp_path / 'both.html')]) == 0
     assert (tmp_path / 'both.html').exists()
     capsys.readouterr()
     assert report.main([str(tmp_path / 'missing')]) == 1
