@@ -21,6 +21,11 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def with_lanes(shapes: Any, lanes: int) -> Any:
+    """Returns a tree of shapes with a leading axis of `lanes` runs."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((lanes, *x.shape), x.dtype), shapes)
+
+
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
     """An executable train step.
@@ -55,6 +60,7 @@ def compile_train(
     optimizer_flops: float,
     options: Mapping[str, Any] | None = None,
     reference_seconds: float | None = None,
+    lanes: int = 0,
 ) -> CompiledStep:
     """Traces a step once, walks its jaxpr for hardware FLOPs, and compiles it.
 
@@ -69,6 +75,9 @@ def compile_train(
       optimizer_flops: FLOPs of one update.
       options: compiler options over the platform's `COMPILER_OPTIONS`.
       reference_seconds: what a calibration table charges for one step, None without a table.
+      lanes: runs to train at once on a mesh of one device, 0 for one run. State, batch, lr, seed
+        and metrics then have a leading axis of that size, which `batch` brings and `state` does
+        not; the cost is that of one lane.
     """
     names: list[str] = []
 
@@ -78,15 +87,23 @@ def compile_train(
         return state, jnp.stack([metrics[name] for name in names])
 
     replicated = NamedSharding(mesh, PartitionSpec())
+    if lanes:
+        shardings = jax.tree.map(lambda _: replicated, shardings)
     jitted = jax.jit(
-        step,
+        jax.vmap(step) if lanes else step,
         in_shardings=(shardings, {k: v.sharding for k, v in batch.items()}, *[replicated] * 2),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
-    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
+    shapes = {
+        k: jax.ShapeDtypeStruct(v.shape[1:] if lanes else v.shape, v.dtype)
+        for k, v in batch.items()
+    }
     scalars = (jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.uint32))
-    traced = jitted.trace(state, shapes, *scalars)
+    one = (state, shapes, *scalars)
+    traced = jitted.trace(*(with_lanes(one, lanes) if lanes else one))
+    # A lane is charged what a run by itself is, whatever a batched product would count.
+    walked = jax.jit(step).trace(*one) if lanes else traced
     merged = {**COMPILER_OPTIONS.get(jax.default_backend(), {}), **(options or {})}
     lowered = traced.lower()
     try:
@@ -98,7 +115,7 @@ def compile_train(
     examples, tokens = units
     cost = StepCost.train(
         parts,
-        hardware_flops=walk_jaxpr(traced.jaxpr).total,
+        hardware_flops=walk_jaxpr(walked.jaxpr).total,
         optimizer_flops=optimizer_flops,
         examples=examples,
         tokens=tokens,

@@ -111,9 +111,6 @@ def run(
 ) -> dict[str, float] | None:
     """Runs one evaluation and returns its metrics, or None if it was asked to stop.
 
-    A few batches are in flight at a time; sums are added in float64 on the host, so that a long
-    split loses no digits.
-
     Args:
       evaluation: which.
       step: the compiled evaluation step.
@@ -123,12 +120,34 @@ def run(
       task: turns sums into metrics.
       stop: asked before each batch.
     """
+    sums = add_up(evaluation, step, params, buffers, put, stop)
+    return None if sums is None else metrics(evaluation, sums, task)
+
+
+def metrics(evaluation: Evaluation, sums: Mapping[str, np.ndarray], task: Any) -> dict[str, float]:
+    """Returns an evaluation's metrics from `name -> (sum, weight)` over its whole split."""
+    return task.metrics({k: (float(v[0]), float(v[1])) for k, v in sums.items()}, evaluation.source)
+
+
+def add_up(
+    evaluation: Evaluation,
+    step: Callable[..., dict[str, jax.Array]],
+    params: Any,
+    buffers: Any,
+    put: Callable[[dict[str, np.ndarray]], Any],
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, np.ndarray] | None:
+    """Returns `name -> float64 [..., 2]`, sum and weight over all batches, or None if stopped.
+
+    A few batches are in flight at a time; sums are added in float64 on the host, so that a long
+    split loses no digits. The arguments are those of `run`.
+    """
     sums: dict[str, np.ndarray] = {}
     flying: collections.deque[dict[str, jax.Array]] = collections.deque()
 
     def take() -> None:
         for key, value in jax.device_get(flying.popleft()).items():
-            sums[key] = sums.get(key, np.zeros(2)) + np.asarray(value, np.float64)
+            sums[key] = sums.get(key, 0.0) + np.asarray(value, np.float64)
 
     for batch in evaluation.source:
         if stop():
@@ -139,4 +158,4 @@ def run(
             take()
     while flying:
         take()
-    return task.metrics({k: (float(v[0]), float(v[1])) for k, v in sums.items()}, evaluation.source)
+    return sums

@@ -45,25 +45,30 @@ def summary(trainer: Any) -> dict[str, Any]:
         held_out = runtime.dataset.documents('valid')
         out['gzip_bits_per_byte'] = gzip_baseline(held_out)['bits_per_byte']
     if trainer.config['finish']['sample_tokens']:
-        out['sample'] = sample(runtime, trainer.state)
+        out['sample'] = sample(runtime, trainer.judged(), trainer.config)
     return out
 
 
-def sample(runtime: Any, state: Mapping[str, Any]) -> str:
+def sample(runtime: Any, arrays: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """Returns `config.finish.sample_prompt` and its continuation, at temperature 0.8.
 
     An empty prompt begins a document.
+
+    Args:
+      runtime: of the run.
+      arrays: the params and buffers of the model that speaks.
+      config: of the run.
     """
-    options = runtime.config['finish']
+    options = config['finish']
     new = complete(
         runtime.built.graphdef,
-        {'params': runtime.eval_params(state), 'buffers': state['buffers']},
+        arrays,
         runtime.dataset.info.tokenizer,
         options['sample_prompt'],
         max_len=runtime.built.model.max_len,
         tokens=options['sample_tokens'],
         sampling=Sampling(temperature=0.8, top_p=0.95),
-        seed=runtime.config['seed'],
+        seed=config['seed'],
     )
     return options['sample_prompt'] + new
 

@@ -12,7 +12,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +51,7 @@ class Trainer:
     Args:
       config: a checked config.
       workdir: the run's folder, made if need be.
+      runtime: what `Runtime(config)` would be, from who has made it already.
 
     Raises:
       ConfigError: a model, batch or mesh that does not fit, or an unwritable folder.
@@ -58,10 +59,13 @@ class Trainer:
       CheckpointError: the folder belongs to another config, or nothing in it is valid.
     """
 
-    def __init__(self, config: Mapping[str, Any], workdir: pathlib.Path):
-        self.workdir = _folder(workdir)
-        self.runtime = Runtime(config)
+    def __init__(
+        self, config: Mapping[str, Any], workdir: pathlib.Path, runtime: Runtime | None = None
+    ):
+        self.workdir = make_folder(workdir)
+        self.runtime = runtime or Runtime(config)
         self.config = self.runtime.config
+        self.seed: Any = self.config['seed']  # what the step takes; batched runs, one a lane
         self.clock = Clock(devices=jax.device_count())
         self.energy = EnergyMeter()
         self.ledger = Ledger()
@@ -151,7 +155,7 @@ class Trainer:
             loader.close()
 
     def _steps(self, stage: Stage, compiled: CompiledStep, batches: Iterator[Any]) -> None:
-        schedule = schedules.build(stage.config['schedule'])
+        schedule = self._schedule(stage)
         evaluations = self.runtime.evaluations(stage)
         flying: collections.deque[_InFlight] = collections.deque()
         while not self._stopping():
@@ -176,19 +180,22 @@ class Trainer:
                     self._save()
         self._drain(flying, compiled, stage)
 
+    def _schedule(self, stage: Stage) -> Callable[[float], Any]:
+        return schedules.build(stage.config['schedule'])
+
     # ---- one step --------------------------------------------------------------------------
 
     def _dispatch(
-        self, stage: Stage, item: tuple[Any, Any, float], compiled: CompiledStep, lr: float
+        self, stage: Stage, item: tuple[Any, Any, float], compiled: CompiledStep, lr: Any
     ) -> _InFlight:
         batch, position, _ = item
         before, self.position = self.position, position
-        self.state, vector = compiled(self.state, batch, lr, self.config['seed'])
+        self.state, vector = compiled(self.state, batch, lr, self.seed)
         self.ledger.add_step(compiled.cost, stage=stage.name)
         row = {
             'step': self.ledger.steps,
             'stage': stage.index,
-            'lr': float(lr),
+            'lr': lr,
             'tokens': self.ledger.tokens,
             'examples': self.ledger.examples,
             'model_flops': self.ledger.model_flops,
@@ -215,10 +222,7 @@ class Trainer:
             self.ledger.add_skipped()
             if self.runtime.precision.loss_scale is None:
                 self._not_finite(flight, values, stage)
-            self._say(
-                f'step {flight.row["step"]}: gradients overflowed at loss scale '
-                f'{values["loss_scale"]:g}; the step is left out and the scale lowered'
-            )
+            self._say(overflowed(flight.row['step'], values))
 
     def _fetch(self, flight: _InFlight) -> np.ndarray:
         """Waits for a step to end: the only place of the loop where the host waits for a device."""
@@ -243,10 +247,8 @@ class Trainer:
             else 'there is no checkpoint yet'
         )
         raise TrainingError(
-            f'the loss or its gradient is not finite at step {flight.row["step"]} '
-            f'(loss {values["loss"]}, gradient norm {values["grad_norm"]}, samples {samples}); '
-            f'{good}, and nothing was overwritten. Lower the learning rate, lengthen the warm-up, '
-            'or look at those samples.'
+            f'{not_finite(flight.row["step"], values, samples)}; {good}, and nothing was '
+            'overwritten. Lower the learning rate, lengthen the warm-up, or look at those samples.'
         )
 
     def _write_row(self) -> None:
@@ -324,13 +326,18 @@ class Trainer:
             shown = '  '.join(f'{k} {v:.4g}' for k, v in result.items())
             self._say(f'step {self.ledger.steps}  eval {evaluation.name}: {shown}')
 
+    def judged(self) -> dict[str, Any]:
+        """Returns the params (averaged, where config or optimizer say so) and the buffers."""
+        params = self.runtime.eval_params(self.state)
+        return {'params': params, 'buffers': self.state['buffers']}
+
     # ---- checkpoints -----------------------------------------------------------------------
 
     def _restored(self) -> dict[str, Any] | None:
         """Returns the newest valid state and takes up its ledger, clock and data position."""
         folder = self.checkpointer.folder
         if self.checkpointer.latest() is None:
-            _refuse_other(self.workdir / 'config.json', self.config)
+            refuse_other(self.workdir / 'config.json', self.config)
             self._book_waste()
             return None
         params = self.runtime.abstract['params']
@@ -500,7 +507,28 @@ class _Speed:
         return tokens / max(taken, 1e-9)
 
 
-def _folder(workdir: pathlib.Path) -> pathlib.Path:
+def not_finite(step: int, values: Mapping[str, float], samples: Sequence[str]) -> str:
+    """Says which step's loss or gradient is not finite, and on what samples."""
+    return (
+        f'the loss or its gradient is not finite at step {step} (loss {values["loss"]}, '
+        f'gradient norm {values["grad_norm"]}, samples {samples})'
+    )
+
+
+def overflowed(step: int, values: Mapping[str, float]) -> str:
+    """Says that float16 gradients overflowed, which costs one step."""
+    return (
+        f'step {step}: gradients overflowed at loss scale {values["loss_scale"]:g}; the step is '
+        'left out and the scale lowered'
+    )
+
+
+def make_folder(workdir: pathlib.Path) -> pathlib.Path:
+    """Makes a run's folder and checks that it can be written.
+
+    Raises:
+      ConfigError: it cannot.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / '.writable'
@@ -513,7 +541,7 @@ def _folder(workdir: pathlib.Path) -> pathlib.Path:
     return workdir
 
 
-def _refuse_other(file: pathlib.Path, config: Mapping[str, Any]) -> None:
+def refuse_other(file: pathlib.Path, config: Mapping[str, Any]) -> None:
     """Refuses a folder whose config is another experiment's, even without a checkpoint."""
     if not file.exists():
         return

@@ -60,7 +60,7 @@ def check_config(found: Mapping[str, Any], config: Mapping[str, Any], where: Any
         old, new = found.get(key), config[key]
         if key == 'data':
             old, new = _content(old), _content(new)
-        keys += _changed(old, new, key)
+        keys += changed(old, new, key)
     if keys:
         more = f' (and {len(keys) - 5} more)' if len(keys) > 5 else ''
         raise CheckpointError(
@@ -72,7 +72,7 @@ def check_config(found: Mapping[str, Any], config: Mapping[str, Any], where: Any
 def settings_changed(found: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Lists what a resumed run does otherwise from here on, without being another experiment."""
     keys = [k for k in config if k not in (*IDENTITY, 'log', 'checkpoint', 'finish', 'execution')]
-    return [line for key in keys for line in _changed(found.get(key), config[key], key)]
+    return [line for key in keys for line in changed(found.get(key), config[key], key)]
 
 
 def _content(block: Any) -> Any:
@@ -91,10 +91,11 @@ class _Form:
         self.shape, self.dtype = tuple(shape), dtype
 
 
-def _changed(old: Any, new: Any, path: str) -> list[str]:
+def changed(old: Any, new: Any, path: str) -> list[str]:
+    """Lists 'key: old there, new here' of what differs in two configs or parts of them."""
     if isinstance(old, dict) and isinstance(new, dict):
         out = []
         for key in sorted({*old, *new}):
-            out += _changed(old.get(key), new.get(key), f'{path}.{key}')
+            out += changed(old.get(key), new.get(key), f'{path}.{key}')
         return out
     return [] if old == new else [f'{path}: {old!r} there, {new!r} here']

@@ -44,6 +44,7 @@ class Runtime:
       abstract: shapes and dtypes of the train state.
       shardings: a sharding for each of its leaves.
       params: number of parameters.
+      lanes: runs that one step trains at once (`training.batched`); 0 without such an axis.
 
     Raises:
       ConfigError: a model, batch or mesh that does not fit, or a stage that changes the form of
@@ -51,6 +52,8 @@ class Runtime:
       DataError: missing or empty data.
       DeviceError: a mesh larger than the devices.
     """
+
+    lanes = 0
 
     def __init__(self, config: Mapping[str, Any], *, with_data: bool = True):
         parallel.initialize()
@@ -104,15 +107,23 @@ class Runtime:
 
     def initial_state(self) -> dict[str, Any]:
         """Makes the first train state under one jit, every leaf born with its sharding."""
-        init = state_lib.initialiser(
+        return self._first_state(self.config)
+
+    def _first_state(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Makes the first state of a config that differs from this run's in its seeds at most."""
+        first = config['init_seed']
+        key = jax.random.key(config['seed'] if first < 0 else first)
+        return parallel.init_sharded(self._initialiser, self.shardings, key)
+
+    @functools.cached_property
+    def _initialiser(self) -> Callable[[jax.Array], dict[str, Any]]:
+        # One function for all seeds: jax compiles a function once, but not its equals.
+        return state_lib.initialiser(
             self.built,
             self.optimizer(self.stages[0]),
             self.precision.loss_scale,
             bool(self.config['ema']),
         )
-        first = self.config['init_seed']
-        key = jax.random.key(self.config['seed'] if first < 0 else first)
-        return parallel.init_sharded(init, self.shardings, key)
 
     def abstract_sharded(self) -> dict[str, Any]:
         """Returns the state's shapes with shardings: what a restore needs."""
@@ -203,6 +214,8 @@ class Runtime:
     def compile(self, stage: Stage, batch: Mapping[str, jax.Array]) -> CompiledStep:
         """Compiles a stage's step for a placed batch."""
         config = stage.config
+        # Of all stages: a table that does not cover a later one is an error now, not then.
+        charged = [reference_seconds(s.config) for s in self.stages]
         return compile_train(
             self.raw_step(stage),
             state=self.abstract,
@@ -213,7 +226,8 @@ class Runtime:
             units=self.task.units(config['batch_size'], config['seq_len']),
             optimizer_flops=self.optimizer(stage).flops(self.abstract['params']),
             options=config['execution']['compiler_options'],
-            reference_seconds=reference_seconds(config),
+            reference_seconds=charged[stage.index],
+            lanes=self.lanes,
         )
 
     def eval_cost(self, evaluation: evaluate.Evaluation) -> StepCost:
@@ -233,7 +247,7 @@ class Runtime:
         shapes = repr({key: (array.shape, array.dtype) for key, array in placed.items()})
         if shapes not in self._eval_steps:
             state = self.abstract_sharded()
-            step = jax.jit(step_lib.make_eval_step(self.built.graphdef, self.task))
+            step = jax.jit(self.raw_eval_step())
             lowered = step.lower(state['params'], state['buffers'], placed)
             self._eval_steps[shapes] = lowered.compile()
         return self._eval_steps[shapes]
@@ -241,13 +255,15 @@ class Runtime:
     @functools.cached_property
     def eval_params(self) -> Any:
         """Jitted `state -> params` to judge: the average, or what the optimizer says."""
+        return jax.jit(self.raw_eval_params, out_shardings=self.shardings['params'])
+
+    def raw_eval_params(self, state: Mapping[str, Any]) -> Any:
+        """Returns the parameters to judge, by a pure function to be jitted."""
         if self.config['ema']:
-            return jax.jit(
-                lambda state: ema.params(state['ema'], state['params']),
-                out_shardings=self.shardings['params'],
-            )
+            return ema.params(state['ema'], state['params'])
         choose = self.optimizer(self.stages[0]).eval_params
-        return jax.jit(
-            lambda state: choose(state['optimizer'], state['params']),
-            out_shardings=self.shardings['params'],
-        )
+        return choose(state['optimizer'], state['params'])
+
+    def raw_eval_step(self) -> Any:
+        """Returns the evaluation step, a pure function to be jitted."""
+        return step_lib.make_eval_step(self.built.graphdef, self.task)
