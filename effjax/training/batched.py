@@ -279,7 +279,6 @@ class Lane:
         self.energy = types.SimpleNamespace(joules=lambda: joules)
         self.memory, self.warnings = self._group.memory, self._group.warnings
         self.compiler_options, self.kernels = self._group.compiler_options, self._group.kernels
-        self.kernels = self._group.kernels
 
     def write_row(self) -> None:
         """Writes the last row, which is complete now."""

@@ -30,6 +30,18 @@ def config_on(tiny, mesh: dict[str, int], **changes):
 
 
 @pytest.mark.mesh
+def test_what_is_not_sharded_is_said(tiny, tmp_path, capfd):
+    config = config_on(tiny, {'data': 1, 'tensor': 4}, steps=1, evals={})  # of two heads
+    config.log.progress = True
+    sharding = train.run(config, tmp_path).summary['sharding']
+    assert sharding['mesh']['tensor'] == 4
+    assert any("axis 'heads' is not sharded over 'tensor'" in why for why in sharding['fell_back'])
+    told = capfd.readouterr().err
+    assert f'sharding fell back in {len(sharding["fell_back"])} places: ' in told
+    assert 'in summary.json' in told
+
+
+@pytest.mark.mesh
 def test_losses_do_not_depend_on_the_mesh(tiny, tmp_path):
     assert jax.device_count() == 8
     found, evals, flops = {}, {}, {}
