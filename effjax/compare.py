@@ -10,6 +10,7 @@ command goes on where it stopped.
 
 import argparse
 import glob
+import os
 import pathlib
 import shlex
 import sys
@@ -32,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
         print(_studies())
         return 0
     quiet_platform()
+    if args.workers > 1:  # this process only plans: it must leave the devices' memory to them
+        os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     from effjax.study import spec
 
     study = _from_file(args, overrides) if args.study else _from_flags(args, overrides)

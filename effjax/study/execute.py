@@ -9,9 +9,11 @@ import contextlib
 import json
 import os
 import pathlib
+import queue
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -53,7 +55,6 @@ class Runner:
         self.out, self.code, self.batched = out, code, batched
         self.devices, self.say = list(devices), say
         self._any_code, self._retry = any_code, retry_failed
-        self._processes: set[subprocess.Popen[str]] = set()
         self._stopping = threading.Event()
 
     def missing(self, group: Group) -> list[Job]:
@@ -90,65 +91,52 @@ class Runner:
     # ---- processes -------------------------------------------------------------------------
 
     def _side_by_side(self, units: list[tuple[str, list[Job]]]) -> None:
-        free = list(self.devices)
-        lock = threading.Lock()
+        free = queue.SimpleQueue[_Process]()
+        processes = [_Process(device) for device in self.devices[: len(units)]]
+        for process in processes:
+            free.put(process)
 
         def work(index: int, name: str, jobs: list[Job]) -> None:
-            if self._stopping.is_set():
-                return
-            with lock:
-                device = free.pop()
+            process = free.get()
             try:
-                where = f' on device {device}' if device else ''
-                self.say(f'[{index}/{len(units)}] {_describe(name, jobs)}{where}')
-                self._process(jobs, device)
-                self._report(jobs)
+                if not self._stopping.is_set():
+                    where = f' on device {process.device}' if process.device else ''
+                    self.say(f'[{index}/{len(units)}] {_describe(name, jobs)}{where}')
+                    self._hand_over(process, jobs)
             finally:
-                with lock:
-                    free.append(device)
+                free.put(process)
 
-        with concurrent.futures.ThreadPoolExecutor(len(self.devices)) as pool:
-            futures = [pool.submit(work, i, *unit) for i, unit in enumerate(units, 1)]
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    future.result()
-            except BaseException:
-                self._stopping.set()
-                for process in list(self._processes):
-                    process.terminate()
-                raise
+        try:
+            with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
+                futures = [pool.submit(work, i, *unit) for i, unit in enumerate(units, 1)]
+                try:
+                    for future in concurrent.futures.as_completed(futures):
+                        future.result()
+                except BaseException:
+                    self._stopping.set()
+                    for process in processes:
+                        process.stop()
+                    raise
+        finally:
+            for process in processes:
+                process.close()
 
-    def _process(self, jobs: list[Job], device: str) -> None:
-        env = dict(os.environ)
-        if device and not device.startswith('cpu'):
-            env['CUDA_VISIBLE_DEVICES'] = device
-        root = pathlib.Path(__file__).parents[2].as_posix()
-        env['PYTHONPATH'] = os.pathsep.join(filter(None, [root, env.get('PYTHONPATH', '')]))
+    def _hand_over(self, process: '_Process', jobs: list[Job]) -> None:
+        """Lets a process run jobs; a process that dies of them is noted as their failure."""
         order = {
             'out': self.out.as_posix(),
             'code': self.code,
             'batched': self.batched,
             'jobs': [vars(job) for job in jobs],
         }
-        process = subprocess.Popen(
-            [sys.executable, '-m', 'effjax.study.worker'],
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._processes.add(process)
-        _, errors = process.communicate(json.dumps(order))
-        self._processes.discard(process)
-        if process.returncode == 3 or self._stopping.is_set():
+        answer = process.ask(order)
+        if answer == 'stopped' or self._stopping.is_set():
             raise Stopped('stopped by a signal; the same command goes on.')
-        if process.returncode:
+        if answer != 'done':
             for job in jobs:
-                if store.status(job, self.out, self.code, any_code=True) == 'running':
-                    last = (errors.strip().splitlines() or ['no message'])[-1]
-                    text = f'its process ended with exit code {process.returncode}: {last}'
-                    store.end(job, self.out, self.code, 'failed', text)
+                if store.status(job, self.out, self.code, any_code=True) in ('running', 'missing'):
+                    store.end(job, self.out, self.code, 'failed', answer)
+        self._report(jobs)
 
     def _report(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -250,11 +238,74 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def worker(order: dict[str, Any]) -> int:
-    """Runs an order that `Runner` wrote; returns the exit code: 0, or 3 when stopped."""
+class _Process:
+    """A Python process with a device of its own that runs orders one after another.
+
+    Args:
+      device: the CUDA_VISIBLE_DEVICES that it gets; 'cpu...' leaves the environment alone.
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+        self._process: subprocess.Popen[str] | None = None
+        self._errors = tempfile.TemporaryFile('w+')  # noqa: SIM115 (closed by close())
+
+    def ask(self, order: dict[str, Any]) -> str:
+        """Runs an order; returns 'done', 'stopped', or what the process died of."""
+        process = self._started()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(order) + '\n')
+            process.stdin.flush()
+            answer = process.stdout.readline().strip()
+        except BrokenPipeError:
+            answer = ''
+        if answer:
+            return answer
+        self._process = None
+        self._errors.seek(0)
+        last = (self._errors.read().strip().splitlines() or ['it said nothing'])[-1]
+        return f'its process ended with exit code {process.wait()}: {last}'
+
+    def stop(self) -> None:
+        """Asks a running order to save and leave."""
+        if self._process is not None:
+            self._process.terminate()
+
+    def close(self) -> None:
+        """Ends the process, after its order if it has one."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.wait()
+        self._errors.close()
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            env = dict(os.environ)
+            if not self.device.startswith('cpu'):
+                env['CUDA_VISIBLE_DEVICES'] = self.device
+            # The parent may hold the first device's context; what it asked for itself is not ours.
+            env.pop('XLA_PYTHON_CLIENT_PREALLOCATE', None)
+            root = pathlib.Path(__file__).parents[2].as_posix()
+            env['PYTHONPATH'] = os.pathsep.join(filter(None, [root, env.get('PYTHONPATH', '')]))
+            self._process = subprocess.Popen(
+                [sys.executable, '-m', 'effjax.study.worker'],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+            )
+        return self._process
+
+
+def worker(order: dict[str, Any]) -> str:
+    """Runs an order of `Runner`; returns 'done' or 'stopped'."""
     jobs = [Job(**job) for job in order['jobs']]
     try:
         run_jobs(jobs, pathlib.Path(order['out']), order['code'], batched=order['batched'])
     except Stopped:
-        return 3
-    return 0
+        return 'stopped'
+    return 'done'

@@ -1,17 +1,25 @@
-"""`python -m effjax.study.worker`: runs the jobs that a study hands over on standard input."""
+"""`python -m effjax.study.worker`: runs the orders that a study writes to standard input."""
 
 import json
+import os
 import sys
 
 from effjax.core.command import quiet_platform
 
 
 def main() -> int:
-    """Reads an order and runs it."""
+    """Runs an order a line, and answers each with a line; standard output carries nothing else."""
     quiet_platform()
     from effjax.study.execute import worker
 
-    return worker(json.load(sys.stdin))
+    with os.fdopen(os.dup(1), 'w') as answers:
+        os.dup2(2, 1)  # what a run prints goes with the errors
+        for line in sys.stdin:
+            answer = worker(json.loads(line))
+            print(answer, file=answers, flush=True)
+            if answer == 'stopped':
+                break
+    return 0
 
 
 if __name__ == '__main__':

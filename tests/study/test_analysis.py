@@ -1,0 +1,215 @@
+"""Verdicts from cells: wins, losses, refusals, failed runs kept in sight."""
+
+import dataclasses
+import random
+
+import pytest
+
+from effjax.study import analysis, words
+from effjax.study.records import Cell, Ratio, analysis_from_json, to_json
+from effjax.study.spec import Arm, Study
+
+GPU = {'device': 'NVIDIA H200', 'backend': 'gpu', 'finished': '2026-01-02T03:04:05'}
+
+
+def study(**changes):
+    base = Study(
+        name='s',
+        config='configs/lm.py',
+        arms=(Arm('base'), Arm('new')),
+        budget=100.0,
+        grid=(1.0, 2.0, 4.0),
+        seeds=(0, 1, 2),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def cell(arm, seed, fraction, value, status='done', phase='final', settings=None, env=GPU, **costs):
+    spent = {'model_flops': 100 * fraction, 'seconds': 10.0 * fraction, 'data_seconds': 0.0}
+    return Cell(
+        arm, phase, seed, fraction, settings or {}, status, 'it broke' if status != 'done' else '',
+        value if status == 'done' else None, {**spent, 'tokens': 7 * fraction, **costs}, [], env,
+    )  # fmt: skip
+
+
+def loss(budget, gain=0.0):
+    return 2.0 + 0.3 * (budget * (1 + gain)) ** -0.3
+
+
+def cells(one, gain=0.0, noise=0.001, **kw):
+    draw = random.Random(1)
+    shifts = [draw.gauss(0, noise) for _ in one.seeds]
+
+    def rest():  # what a seed's arms and budgets do not share
+        return draw.gauss(0, noise / 9)
+
+    return [
+        cell(arm.name, s, f, loss(f, gain if arm.name == 'new' else 0.0) + shift + rest(), **kw)
+        for arm in one.arms
+        for s, shift in zip(one.seeds, shifts, strict=True)
+        for f in one.fractions
+    ]  # fmt: skip
+
+
+def judge(one, runs, **kw):
+    return analysis.analyse(one, runs, code='c', **kw).comparisons[0]
+
+
+def test_a_saving_is_found_and_said_both_ways():
+    found = judge(study(), cells(study(), gain=0.12))
+    ratio = found.at_equal_quality['model_flops']
+    assert found.verdict == 'win'
+    assert ratio.ratio == pytest.approx(1 / 1.12, abs=0.02)  # noise of 0.001 / 9 a run
+    assert ratio.low < 1 / 1.12 < ratio.high
+    assert found.sentence.startswith('new saves 1')
+    assert 'of the model FLOPs at equal loss' in found.sentence
+    assert 'x)' in found.sentence  # savings and speed-up together
+
+
+def test_a_handicap_is_a_loss():
+    found = judge(study(), cells(study(), gain=-0.10))
+    assert found.verdict == 'loss'
+    assert found.sentence.startswith('new needs 1')
+    assert 'more model FLOPs' in found.sentence
+
+
+def test_the_same_arm_twice_differs_by_exactly_nothing():
+    runs = cells(study(), noise=0.01)
+    same = [
+        dataclasses.replace(c, arm='new') for c in runs if c.arm == 'base'
+    ] + [c for c in runs if c.arm == 'base']  # fmt: skip
+    found = judge(study(margin=0.0), same)
+    assert (found.difference.mean, found.difference.low, found.difference.high) == (0, 0, 0)
+    assert found.verdict == 'equivalent'
+    assert 'exactly the same loss as base on every seed' in found.sentence
+
+
+def test_noise_is_called_inconclusive_with_what_would_be_found():
+    draw = random.Random(0)
+    runs = [cell(a, s, 1.0, 2 + draw.gauss(0, 0.1)) for a in ('base', 'new') for s in (0, 1, 2)]
+    found = judge(study(fractions=(1.0,)), runs)
+    assert found.verdict == 'inconclusive'
+    assert found.sentence.startswith('cannot tell new from base')
+    assert found.detectable > 0.05
+
+
+def test_a_difference_within_the_margin_is_equivalent():
+    found = judge(study(margin=0.5), cells(study(), gain=0.02))
+    assert found.verdict == 'equivalent'
+    assert 'within the margin of 0.5' in found.sentence
+
+
+def test_failed_and_missing_runs_are_told_never_dropped():
+    runs = cells(study(), gain=0.12)
+    bad = [
+        dataclasses.replace(c, status='failed', value=None, error='out of memory')
+        if c.arm == 'new' and c.fraction == 1.0 and c.seed < 2
+        else c
+        for c in runs
+    ]
+    found = judge(study(), bad)
+    assert found.verdict == 'failed'
+    assert found.sentence == (
+        'no verdict on new: 2 runs did not end well; new, seed 0: out of memory'
+    )
+    assert '2 of 24 runs failed.' in found.notes
+    assert found.pairs[0][2] is None
+    assert sum(c.status == 'failed' for c in analysis.analyse(study(), bad, code='').cells) == 2
+
+
+@pytest.mark.parametrize(
+    ('change', 'reason'),
+    [
+        ({'env': {**GPU, 'batched': 3}}, 'several runs shared one compiled step'),
+        ({'data_seconds': 0.8}, 'waited for its data for 8% of its training time'),
+    ],
+)
+def test_time_is_refused_where_it_misleads(change, reason):
+    one = study(axis='seconds', fractions=(1.0,))
+    found = judge(one, cells(one, gain=0.5, **change))
+    assert found.verdict == 'refused'
+    assert reason in found.sentence
+    assert found.at_equal_quality['seconds'] is None
+
+
+def test_time_is_refused_between_devices():
+    one = study(axis='seconds', fractions=(1.0,))
+    runs = [
+        dataclasses.replace(c, environment={**GPU, 'device': c.arm}) for c in cells(one, gain=0.5)
+    ]
+    assert 'different devices (base, new)' in judge(one, runs).sentence
+
+
+def test_flops_stay_judged_where_time_is_refused():
+    found = judge(study(), cells(study(), gain=0.12, env={**GPU, 'batched': 3}))
+    assert found.verdict == 'win'
+    assert found.at_equal_quality['seconds'] is None
+    assert found.at_equal_quality['tokens'] is not None
+    assert any('No ratio of time or energy' in n for n in found.notes)
+
+
+def test_a_cheaper_step_shows_on_the_other_axes():
+    runs = [
+        dataclasses.replace(c, costs={**c.costs, 'seconds': c.costs['seconds'] * 1.5})
+        if c.arm == 'new'
+        else c
+        for c in cells(study(), gain=0.12)
+    ]
+    found = judge(study(), runs).at_equal_quality
+    assert found['seconds'].ratio == pytest.approx(1.5 * found['model_flops'].ratio)
+
+
+def test_a_reused_source_is_charged_in_its_own_column():
+    found = judge(study(), cells(study(), gain=0.12), sources={'new': {'model_flops': 25.0}})
+    free, charged = found.at_equal_quality['model_flops'], found.source_charged['model_flops']
+    assert charged.ratio == pytest.approx(free.ratio + 0.25)
+    assert found.source_charged['tokens'] is None  # the source's tokens are not known
+    assert judge(study(), cells(study())).source_charged == {}
+
+
+def test_a_cpu_says_so_once_and_several_arms_too():
+    one = study(arms=(Arm('base'), Arm('new'), Arm('third')))
+    notes = analysis.analyse(one, cells(one, env={**GPU, 'backend': 'cpu'}), code='').notes
+    assert sum('does not carry over to an accelerator' in n for n in notes) == 1
+    assert any('2 arms against one baseline' in n for n in notes)
+
+
+def tuned(values, **changes):
+    one = study(**changes)
+    runs = [
+        cell('base', 9, 0.25, v, 'diverged' if v is None else 'done', 'tune', {'schedule.peak': g})
+        for g, v in zip(one.grid, values, strict=True)
+    ]
+    return analysis.tune(one, one.baseline, runs)
+
+
+def test_tuning_takes_the_best_and_marks_an_edge():
+    assert tuned([2.0, 1.0, 3.0]).chosen == 2.0
+    assert not tuned([2.0, 1.0, 3.0]).edge
+    assert tuned([2.0, 1.0, 0.5]).edge
+    assert tuned([2.0, 1.0, 0.5], lower_is_better=False).chosen == 1.0
+    assert tuned([2.0, 1.0, None]).values == [2.0, 1.0, None]
+    assert tuned([None, None, None]) is None
+
+
+def test_an_untuned_arm_is_noted():
+    runs = cells(study()) + [
+        cell(a, 9, 0.25, v, 'done', 'tune', {'schedule.peak': g})
+        for a in ('base', 'new')
+        for g, v in zip((1.0, 2.0, 4.0), (3.0, 2.0, 1.0), strict=True)
+    ]
+    notes = judge(study(), runs).notes
+    assert any(n.startswith('new is untuned: its best schedule.peak, 4') for n in notes)
+
+
+def test_findings_survive_json():
+    found = analysis.analyse(study(), cells(study(), gain=0.12), code='c', commands=['x'])
+    assert analysis_from_json(to_json(found)) == found
+
+
+def test_savings_and_speedup_are_two_readings_of_one_ratio():
+    assert words.savings(Ratio(0.75, 0.70, 0.80, 3)) == '25.0% ± 5.0'
+    assert words.speed(Ratio(0.75, 0.70, 0.80, 3)) == '1.33x'
+    assert words.savings(Ratio(0.6, 0.6, 0.7, 3, 'at most')) == 'at least 40%'
+    assert words.speed(Ratio(0.6, 0.6, 0.7, 3, 'at most')) == 'at least 1.67x'
+    assert 'interval 10.0% to 28.0%' in words.savings(Ratio(0.75, 0.72, 0.90, 3))

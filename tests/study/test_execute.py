@@ -1,0 +1,223 @@
+"""Running a study: what is missing runs, what is done stays, foreign results are refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+from effjax.core.errors import StudyError, TrainingError
+from effjax.study import compare as studies
+from effjax.study import execute, plan, preflight, store
+from effjax.study.records import analysis_from_json
+from effjax.study.spec import Arm, Study
+
+FACTS = preflight.Facts(1000, 1e6, 100, 'same', {}, {'mesh': {}, 'stages': []})
+
+
+@pytest.fixture
+def study():
+    return Study(
+        name='fake',
+        config='configs/lm.py',
+        arms=(Arm('base'), Arm('new', ('model.width=32',))),
+        axis='steps',
+        budget=200.0,
+        seeds=(0, 1, 2),
+        fractions=(0.5, 1.0),
+        grid=(1e-3, 2e-3, 4e-3),
+    )
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Replaces training by a formula; returns the list of folders that were trained."""
+    done = []
+
+    def train(config, workdir):
+        done.append(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        steps, peak = config['steps'], config['schedule']['peak']
+        width = config['model']['width']
+        loss = 5 - 0.1 * (width == 32) + 30 / steps + abs(peak - 2e-3) * 10
+        loss += 0.01 * config['seed'] % 7 + 1e-3 * (config['seed'] * width % 5)
+        costs = {
+            'steps': steps, 'tokens': 10 * steps, 'tokens_computed': 10 * steps,
+            'examples': steps, 'model_flops': 1e6 * steps, 'hardware_flops': None,
+            'optimizer_flops': 5, 'reference_seconds': None,
+        }  # fmt: skip
+        kinds = ('compile', 'train', 'eval', 'checkpoint', 'data', 'other')
+        clock = dict.fromkeys(kinds, 1.0)
+        summary = {
+            'eval': {'valid': {'loss': loss}}, 'ledger': costs, 'params': 1000, 'joules': None,
+            'clock': {**clock, 'data': 0.01, 'device_seconds': dict(clock)}, 'complete': True,
+            'environment': {'device': 'cpu', 'backend': 'cpu', 'jax': '0'}, 'memory': {},
+            'data': {'kind': 'made up'},
+        }  # fmt: skip
+        (workdir / 'summary.json').write_text(json.dumps(summary))
+        row = {'step': steps, 'tokens': 10 * steps, 'eval': summary['eval']}
+        (workdir / 'metrics.jsonl').write_text(json.dumps(row) + '\n{"cut')
+        return summary, None
+
+    monkeypatch.setattr('effjax.training.session.train', train)
+    monkeypatch.setattr(execute, 'share_programs', lambda: None)
+    monkeypatch.setattr(preflight, 'examine', lambda study: {arm.name: FACTS for arm in study.arms})
+    monkeypatch.chdir(plan.pathlib.Path(__file__).parents[2])
+    return done
+
+
+def run(study, folder, **options):
+    lines = []
+    given = studies.Options(probe=False, **options)
+    study = dataclasses.replace(study, batched=False)
+    return studies.compare(study, folder, given, say=lines.append), lines
+
+
+def test_a_study_runs_tunes_and_judges(study, trained, tmp_path):
+    found, lines = run(study, tmp_path)
+    assert len(trained) == 2 * 3 + 2 * 2 * 3
+    assert found.arms['new']['tuning'].chosen == 2e-3
+    assert not found.arms['new']['tuning'].edge
+    assert found.comparisons[0].verdict == 'win'
+    assert found.scale == '1.000 k parameters, 2.000 k tokens of made up'
+    assert lines[0].startswith('fake: 18 runs: 2 arms x 3 seeds x 2 budgets')
+    assert analysis_from_json(json.loads((tmp_path / 'analysis.json').read_text())) == found
+    assert (tmp_path / 'report.html').exists()
+    assert (tmp_path / 'report.md').read_text().startswith(found.comparisons[0].sentence[:20])
+
+
+def test_the_same_command_runs_nothing_again(study, trained, tmp_path):
+    first, _ = run(study, tmp_path)
+    count = len(trained)
+    again, _ = run(study, tmp_path)
+    assert len(trained) == count
+    assert again == first
+
+
+def test_a_killed_study_goes_on_with_what_is_missing(study, trained, tmp_path, monkeypatch):
+    whole, _ = run(study, tmp_path / 'whole')
+    train = execute.run_jobs.__globals__['store'].begin
+    count = 0
+
+    def killed(job, out, code):
+        nonlocal count
+        count += 1
+        if count == 9:
+            raise KeyboardInterrupt  # as a signal between two runs
+        train(job, out, code)
+
+    monkeypatch.setattr(store, 'begin', killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(study, tmp_path / 'cut')
+    monkeypatch.setattr(store, 'begin', train)
+    before = len(trained)
+    found, _ = run(study, tmp_path / 'cut')
+    assert len(trained) - before == 18 - 8
+    assert found.comparisons == whole.comparisons
+
+
+def test_a_run_cut_in_the_middle_is_run_again(study, trained, tmp_path):
+    run(study, tmp_path)
+    note = next((tmp_path / 'runs' / 'new' / 'final').rglob('cell.json'))
+    told = json.loads(note.read_text())
+    note.write_text(json.dumps({**told, 'status': 'running'}))
+    before = len(trained)
+    run(study, tmp_path)
+    assert trained[before:] == [note.parent]
+
+
+def test_results_of_another_config_are_refused(study, trained, tmp_path):
+    run(study, tmp_path)
+    arms = (Arm('base'), Arm('new', ('model.width=64',)))
+    with pytest.raises(StudyError, match=r'holds the result of another config.*another --out'):
+        run(dataclasses.replace(study, arms=arms), tmp_path)
+
+
+def test_results_of_another_code_version_are_refused_or_told(study, trained, tmp_path, monkeypatch):
+    run(study, tmp_path)
+    monkeypatch.setattr(plan, 'code_version', lambda: 'other')
+    with pytest.raises(StudyError, match=r'another version of the code .*--any_code'):
+        run(study, tmp_path)
+    found, _ = run(dataclasses.replace(study, seeds=(0, 1, 2, 3)), tmp_path, any_code=True)
+    assert any('made by 2 versions of the code' in note for note in found.notes)
+
+
+def test_more_seeds_run_only_what_is_new(study, trained, tmp_path):
+    run(study, tmp_path)
+    before = len(trained)
+    run(dataclasses.replace(study, seeds=(0, 1, 2, 3)), tmp_path)
+    assert len(trained) - before == 2 * 2
+
+
+def test_failures_are_noted_and_the_rest_goes_on(study, trained, tmp_path, monkeypatch):
+    whole = execute._run_one.__globals__['store']
+    assert whole is store
+    import effjax.training.session as session
+
+    train = session.train
+
+    def some_fail(config, workdir):
+        if config['model']['width'] == 32 and config['seed'] == 1:
+            raise TrainingError('the loss is not finite at step 3')
+        if config['model']['width'] == 32 and config['seed'] == 2:
+            raise RuntimeError('out of memory\non the device')
+        return train(config, workdir)
+
+    monkeypatch.setattr(session, 'train', some_fail)
+    found, lines = run(study, tmp_path)
+    states = {(c.seed, c.status) for c in found.cells if c.arm == 'new' and c.phase == 'final'}
+    assert states == {(0, 'done'), (1, 'diverged'), (2, 'failed')}
+    assert found.comparisons[0].verdict == 'failed'
+    assert 'RuntimeError: out of memory on the device' in str([c.error for c in found.cells])
+    assert any('diverged: the loss is not finite' in line for line in lines)
+    monkeypatch.setattr(session, 'train', train)
+    assert run(study, tmp_path)[0].comparisons[0].verdict == 'failed'  # not retried unasked
+    assert run(study, tmp_path, retry_failed=True)[0].comparisons[0].verdict == 'win'
+
+
+def test_an_arm_whose_tuning_fails_is_shown(study, trained, tmp_path, monkeypatch):
+    import effjax.training.session as session
+
+    train = session.train
+
+    def fail(config, workdir):
+        if config['model']['width'] == 32:
+            raise TrainingError('not finite')
+        return train(config, workdir)
+
+    monkeypatch.setattr(session, 'train', fail)
+    found, _ = run(study, tmp_path)
+    assert found.arms['new']['tuning'] is None
+    assert any('no value of its grid ended well' in n for n in found.comparisons[0].notes)
+
+
+def test_a_report_of_nothing_says_so(study, trained, tmp_path):
+    with pytest.raises(StudyError, match='holds no finished run of fake; run the study first'):
+        studies.report(study, tmp_path)
+
+
+def test_a_signal_stops_the_study(study, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr('effjax.training.session.train', lambda c, w: ({}, 'SIGTERM'))
+    with pytest.raises(execute.Stopped, match='stopped by SIGTERM; the same command goes on'):
+        run(study, tmp_path)
+
+
+def test_equal_seeds_pair_and_tuning_draws_its_own(study, repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    base, new = (plan.final(study, arm, {})[-1].jobs for arm in study.arms)
+    assert [j.config['seed'] for j in base] == [j.config['seed'] for j in new] == [0, 1, 2]
+    assert all(j.config['init_seed'] == -1 for j in (*base, *new))
+    moved = plan.final(study, Arm('other', init_offset=5), {})[-1].jobs
+    assert [j.config['init_seed'] for j in moved] == [5, 6, 7]
+    tuned = {j.config['seed'] for g in plan.tuning(study) for j in g.jobs}
+    assert not tuned & {0, 1, 2}
+    assert {j.config['steps'] for g in plan.final(study, study.baseline, {}) for j in g.jobs} == {
+        100, 200,
+    }  # fmt: skip
+
+
+def test_a_digest_follows_what_makes_the_numbers(study, repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    job = plan.final(study, study.baseline, {})[0].jobs[0]
+    named = dataclasses.replace(job, config={**job.config, 'name': 'x', 'mesh': {'data': 2}})
+    wider = dataclasses.replace(job, config={**job.config, 'clip_norm': 0.5})
+    assert named.digest == job.digest != wider.digest
