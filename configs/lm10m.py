@@ -47,7 +47,6 @@ def get_config(variant=''):
         norm=dict(kind='rmsnorm'),
         positions=dict(kind='rope', base=10000.0),
         tied=True,
-        init='lecun',
     )
     config.optimizer = dict(kind='muon', weight_decay=0.1)
     config.schedule = dict(kind='linear', peak=peak, warmup=0.05)
