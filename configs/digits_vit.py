@@ -1,8 +1,9 @@
 """A plain vision transformer on the embedded 8x8 digits: half a minute on two CPU cores.
 
-It reached 96.1 % of the 385 held-out images in 22 s of training (two cores of an AMD EPYC, shared).
-Logistic regression on the pixels reaches 97.7 %: 1412 images are too few for a transformer without
-augmentation. The config is here to show that nothing in the trainer is about text only.
+It reached 97.6 % of the 385 held-out images in the mean of five seeds (96.6 to 98.7 %), as much as
+logistic regression on the pixels, 97.7 %: 1412 images are few for a transformer, and strong weight
+decay is what makes up for it (with 0.05 in place of 0.5 it was 96.1 %). Smoothed labels keep single
+confident mistakes from ruling the held-out loss, which varies by 13 % from seed to seed, not 42 %.
 
 python -m effjax.train --config=configs/digits_vit.py
 """
@@ -15,7 +16,7 @@ def get_config():
     config.budget = '60000examples'
     config.batch_size = 64
     config.data = dict(kind='digits')
-    config.task = dict(kind='classification')
+    config.task = dict(kind='classification', label_smoothing=0.1)
     config.model = dict(
         kind='vit',
         patch=2,
@@ -27,7 +28,7 @@ def get_config():
         init='lecun',
     )
     config.seq_len = 17  # 16 patches of 2x2 and the class token
-    config.optimizer = dict(kind='adamw', weight_decay=0.05)
+    config.optimizer = dict(kind='adamw', weight_decay=0.5)
     config.schedule = dict(kind='cosine', peak=3e-3, warmup=0.1)
     config.precision.kind = 'fp32'
     config.evals.valid = dict(every_share=0.1)
