@@ -173,6 +173,8 @@ def _status(run: RunData) -> str:
         if run.config.get('steps'):
             aim = f'{run.config["steps"]:,} steps'
         return f'unfinished: {steps:,} steps so far' + (f', of {aim}' if aim else '')
+    if run.summary.get('error'):
+        return f'ended after {steps:,} steps: {run.summary["error"]}'
     if not run.summary.get('complete', True):
         return f'stopped by a signal after {steps:,} steps; the same command resumes it'
     return f'finished after {steps:,} steps'

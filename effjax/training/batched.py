@@ -11,6 +11,11 @@ What lanes share is divided: seconds and joules, in rows and summaries, are a la
 passed while it was alive. Memory is not: the state is as many times as large as there are lanes,
 and the peaks in a summary are those of the whole group. A lane whose loss is not finite ends there;
 the others go on.
+
+On two busy CPU cores, four seeds against four runs one by one: decoders of width 32 (200 steps), 64
+(100 steps) and 128 (25 steps) took 0.4, 0.4 and 0.7 of the wall time, since they compile once; a
+lane's step itself took 0.8 to 0.9, 1.3 to 1.5 and 1.1 to 1.4 of a single one. What an accelerator
+makes of it has not been measured.
 """
 
 import functools
@@ -39,6 +44,7 @@ from effjax.training.files import write_json_atomic
 from effjax.training.metrics import MetricsWriter
 from effjax.training.progress import make_progress
 from effjax.training.runtime import Runtime
+from effjax.training.signals import Stop
 from effjax.training.stages import Stage, plan
 
 VARYING = ('seed', 'init_seed', 'schedule', 'name')  # what the runs of a group may differ in
@@ -326,7 +332,7 @@ class Group(loop_lib.Trainer):
         stage = self.runtime.stages[0]
         with (
             parallel.mesh_context(self.runtime.mesh, self.runtime.rules),
-            loop_lib.Stop() as self.stop,
+            Stop() as self.stop,
         ):
             self._open_outputs()
             try:

@@ -104,6 +104,7 @@ def test_lanes_are_the_runs_they_would_be_alone(tiny, tmp_path, monkeypatch):
         f'the loss or its gradient is not finite at step {last["step"]}'
     )
     assert 'samples' in wild['error'] and last['skipped'] == 1
+    assert f'ended after {last["step"]} steps: ' in (tmp_path / 'wild' / 'report.html').read_text()
     assert wild['ledger']['skipped'] == 1 and wild['eval'] == {}
     assert times[-1] < times[0]
 
