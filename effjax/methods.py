@@ -1,7 +1,8 @@
-"""`python -m effjax.methods [ID ...] [--json]`: every technique that effjax implements.
+"""`python -m effjax.methods [ID ...] [--compatible_with ID] [--json]`: every technique of effjax.
 
 The rows stand in `methods.toml` beside this file, one table a technique. A row without a test
-does not belong there; `tests/test_methods.py` builds the config of each and trains it.
+does not belong there; `tests/test_methods.py` builds the config of each and trains it. Which two
+go together stands in `pairs.json`, which `tools/pairs.py` makes by training them.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import textwrap
 import tomllib
 from collections.abc import Sequence
 from typing import Any
@@ -68,12 +70,19 @@ def main(argv: Sequence[str]) -> None:
         prog='python -m effjax.methods', description='Lists every technique that effjax implements.'
     )
     parser.add_argument('ids', nargs='*', metavar='ID', help='show only these, in full')
+    parser.add_argument(
+        '--compatible_with', metavar='ID', help='show with which methods this one goes together'
+    )
     parser.add_argument('--json', action='store_true', help='print JSON')
     args = parser.parse_args(argv)
     methods = load()
-    for name in args.ids:
+    asked = [] if args.compatible_with is None else [args.compatible_with]
+    for name in [*args.ids, *asked]:
         if name not in methods:
             raise ConfigError(f'no method {name!r}.' + suggest(name, methods))
+    if asked:
+        _print_partners(args.compatible_with, methods, args.ids, args.json)
+        return
     chosen = [methods[name] for name in args.ids] or list(methods.values())
     if args.json:
         print(json.dumps([dataclasses.asdict(m) for m in chosen], indent=2))
@@ -83,6 +92,36 @@ def main(argv: Sequence[str]) -> None:
         width = max(len(m.id) for m in chosen)
         for m in chosen:
             print(f'{m.id:<{width}}  {m.title}  [{m.verdict}]')
+
+
+def _print_partners(
+    name: str, methods: dict[str, Method], among: Sequence[str], as_json: bool
+) -> None:
+    """Prints with what a method goes together: of all methods, or of those asked about."""
+    from effjax.study import pairs
+
+    groups = {
+        state: {other: why for other, why in found.items() if not among or other in among}
+        for state, found in pairs.partners(name, methods, pairs.load()).items()
+    }
+    if as_json:
+        print(json.dumps({'id': name, **groups}, indent=2))
+        return
+    print(f'{name} in one config with another method, trained for {pairs.STEPS} steps:')
+    for state, found in groups.items():
+        if not found:
+            continue
+        print(f'\n{state} ({len(found)})')
+        if not any(found.values()):
+            print(textwrap.indent(_wrapped(', '.join(found)), '  '))
+            continue
+        width = max(map(len, found))
+        for other, why in found.items():
+            print(f'  {other:<{width}}  {why}')
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 96, break_on_hyphens=False)
 
 
 def _page(m: Method) -> str:

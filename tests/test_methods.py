@@ -10,26 +10,13 @@ import pytest
 from effjax import methods, models, train
 from effjax.core import config as config_lib
 from effjax.core.errors import ConfigError
+from effjax.study import pairs
 
 METHODS = methods.load()
-# Values that make any decoder or vision transformer small, wherever the key stands.
-TINY = {
-    'width': 32, 'layers': 2, 'heads': 2, 'head_dim': 16, 'hidden': 48, 'repeat': 1, 'window': 8,
-    'max_len': 32, 'vocab_size': 0, 'image_size': 8, 'patch': 2, 'channels': 1, 'classes': 10,
-}  # fmt: skip
 
 
 def load(method: methods.Method, repository: pathlib.Path):
     return config_lib.load(str(repository / method.base), method.config)
-
-
-def shrink(value, key=''):
-    """Returns a model block with every size small; None and zero stay what they mean."""
-    if isinstance(value, dict):
-        return {k: shrink(v, k) for k, v in value.items()}
-    if isinstance(value, list):
-        return [shrink(v) for v in value]
-    return TINY[key] if key in TINY and value else value
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -54,22 +41,10 @@ def test_a_rows_config_builds(name, repository):
 
 @pytest.mark.ci
 @pytest.mark.parametrize('name', METHODS)
-def test_a_rows_config_trains(name, repository, words, tmp_path):
-    config = config_lib.as_dict(load(METHODS[name], repository))
-    config['model'] = shrink(config['model'])
-    config |= {'steps': 2, 'budget': '', 'batch_size': 8, 'seq_len': 32, 'evals': {}}
-    config['log'] |= {'progress': False, 'tensorboard': False}
-    if config['model']['kind'] == 'decoder':
-        tokenizer = config['data'].get('tokenizer', {'kind': 'byte'})
-        if 'data.tokenizer' not in ' '.join(METHODS[name].config):
-            tokenizer = {'kind': 'byte'}
-        elif 'vocab_size' in tokenizer:
-            tokenizer = {**tokenizer, 'vocab_size': 60 if tokenizer['kind'] == 'wordpiece' else 280}
-        config['data'] = {'kind': 'text', 'path': str(words), 'tokenizer': tokenizer}
-    else:
-        config['data'], config['seq_len'] = {'kind': 'digits'}, 17
-        config['task'] = {'kind': 'classification'}
-    done = train.run(config, tmp_path)
+def test_a_rows_config_trains(name, repository, tmp_path):
+    combined = pairs.combine([METHODS[name]], repository)
+    assert combined.config, combined.reason
+    done = train.run(combined.config, tmp_path)
     assert done.summary['final_step'] == 2 and done.summary['ledger']['model_flops'] > 0
 
 

@@ -21,6 +21,7 @@ STATES = ('works', 'refused', 'untested', 'broken')
 STEPS = 2
 # The base config on which techniques are shown that any model could have.
 PLAIN = 'configs/lm.py'
+TWO_BASES = 'are two base configs, and a run has one'
 # Values that make any decoder or vision transformer small, wherever the key stands.
 TINY = {
     'width': 32, 'layers': 2, 'heads': 2, 'head_dim': 16, 'hidden': 48, 'repeat': 1, 'window': 8,
@@ -156,7 +157,7 @@ def combine(rows: Sequence[Row], root: pathlib.Path) -> Combined:
     base = _base(rows)
     if base is None:
         both = ' and '.join(row.base for row in rows)
-        return Combined(None, f'{both} are two base configs, and a run has one')
+        return Combined(None, f'{both} {TWO_BASES}')
     config = tiny(config_lib.load(str(root / base)))
     set_by = [_assigned(config, row.config) for row in rows]
     reason = _conflict([values for _, values in set_by])

@@ -1,0 +1,155 @@
+"""Trains every pair of methods for two steps; writes effjax/pairs.json and docs/pairs.md.
+
+Usage: python tools/pairs.py [ID ...] [--all] [--page]
+
+Only pairs without a current entry run; --all runs them all again, an ID those of that method,
+--page writes the page alone. It can be stopped at any time and goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+
+from effjax import methods
+from effjax.core.command import run_command
+from effjax.core.errors import ConfigError, StudyError
+from effjax.core.registry import suggest
+from effjax.study import pairs as pairs_lib
+from effjax.study.pairs import STATES, Pair
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TARGET = ROOT / 'docs' / 'pairs.md'
+MARKS = {'works': '+', 'refused': 'r', 'untested': '·', 'broken': '!'}
+HEAD = """# Which methods go together
+
+Made by `python tools/pairs.py` from `effjax/methods.toml`: the lines of two methods in one small
+config, trained for two steps on one CPU device. "Works" says that such a config trains, not that
+the two help each other; that takes a study. `python -m effjax.methods --compatible_with ID` prints
+what stands here of one method.
+
+A method without lines of its own *is* its base config, and the other's lines are put onto that. Two
+methods that set one key to different values, or that are two base configs, are never in one run:
+untested.
+"""
+
+
+def every_pair(rows: Mapping[str, methods.Method]) -> Iterator[tuple[str, str]]:
+    """Yields the unordered pairs, in the order of the table."""
+    names = list(rows)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            yield first, second
+
+
+def find_out(
+    first: methods.Method, second: methods.Method, known: dict[str, tuple[str, str]]
+) -> Pair:
+    """Returns what comes of two methods; `known` holds configs that have run, by their JSON."""
+    combined, outcome = pairs_lib.judge(first, second, ROOT)
+    if outcome is None:
+        # Rows that change nothing make one config with many others, which need not run again.
+        config = {**combined.config, 'name': 'pair'}
+        text = json.dumps(config, sort_keys=True)
+        if text not in known:
+            if len(known) % 20 == 19:
+                jax.clear_caches()  # hundreds of compiled steps would fill the memory
+            with tempfile.TemporaryDirectory() as folder:
+                known[text] = pairs_lib.attempt(config, pathlib.Path(folder))
+        outcome = known[text]
+    return Pair(first.id, second.id, *outcome, pairs_lib.digest(first, second))
+
+
+def page(rows: Mapping[str, methods.Method], found: Mapping[tuple[str, str], Pair]) -> str:
+    """Returns docs/pairs.md."""
+    states = [found[key].state for key in every_pair(rows)]
+    counts = ', '.join(f'{states.count(s)} {s}' for s in STATES)
+    legend = ', '.join(f'`{MARKS[s]}` {s}' for s in STATES)
+    out = [HEAD, f'{len(states)} pairs of {len(rows)} methods: {counts}. {legend}.', '']
+    names = list(rows)
+    out.append('| | | ' + ' | '.join(str(i) for i in range(1, len(names))) + ' |')
+    out.append('|---' * (len(names) + 1) + '|')
+    for i, name in enumerate(names):
+        marks = [MARKS[found[other, name].state] for other in names[:i]]
+        cells = marks + [''] * (len(names) - 1 - i)
+        out.append(f'| {i + 1} | {name} | ' + ' | '.join(cells[: len(names) - 1]) + ' |')
+    for state in STATES[1:]:
+        out += _reasons(state, [found[key] for key in every_pair(rows)])
+    return '\n'.join(out) + '\n'
+
+
+def _reasons(state: str, pairs: Sequence[Pair]) -> list[str]:
+    """Returns a state's pairs, those with one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    bases = [p for p in pairs if p.state == state and p.reason.endswith(pairs_lib.TWO_BASES)]
+    for pair in pairs:
+        if pair.state == state and pair not in bases:
+            by_reason.setdefault(pair.reason, []).append(f'{pair.first} + {pair.second}')
+    if not by_reason and not bases:
+        return []
+    out = ['', f'## {state.capitalize()}', '']
+    if bases:
+        out += [f'{len(bases)} pairs {pairs_lib.TWO_BASES}.', '']
+    out += ['| pairs | reason |', '|---|---|'] if by_reason else []
+    for reason, names in by_reason.items():
+        out.append(f'| {", ".join(names)} | {reason.replace("|", chr(92) + "|")} |')
+    return out
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('ids', nargs='*', metavar='ID', help='run the pairs of these again')
+    parser.add_argument('--all', action='store_true', help='run every pair again')
+    parser.add_argument('--page', action='store_true', help='write docs/pairs.md and leave')
+    args = parser.parse_args(argv)
+    rows, stored = methods.load(), pairs_lib.load(pairs_lib.FILE)
+    for name in args.ids:
+        if name not in rows:
+            raise ConfigError(f'no method {name!r}.' + suggest(name, rows))
+    found: dict[tuple[str, str], Pair] = {}
+    again = set(rows) if args.all else set(args.ids)
+    for key in every_pair(rows):
+        pair = stored.get(key)
+        if pair and pair.digest == pairs_lib.digest(*(rows[name] for name in key)):
+            found[key] = pair
+    due = [key for key in every_pair(rows) if key not in found or again & {*key}]
+    if not args.page:
+        run(rows, due, found)
+    elif len(found) < len(list(every_pair(rows))):
+        raise StudyError(f'{len(due)} pairs have no current entry; run without --page first.')
+    save(rows, found)  # a method that is gone leaves the table even when nothing was due
+    TARGET.write_text(page(rows, found))
+
+
+def run(
+    rows: Mapping[str, methods.Method],
+    due: Sequence[tuple[str, str]],
+    found: dict[tuple[str, str], Pair],
+) -> None:
+    """Finds out about the pairs in `due`, writing the table after each."""
+    known: dict[str, tuple[str, str]] = {}
+    for i, (first, second) in enumerate(due, 1):
+        pair = find_out(rows[first], rows[second], known)
+        found[pair.key] = pair
+        print(f'{i}/{len(due)} {first} + {second}: {pair.state} {pair.reason}', flush=True)
+        save(rows, found)
+
+
+def save(rows: Mapping[str, methods.Method], found: Mapping[tuple[str, str], Pair]) -> None:
+    """Writes the pairs of `rows` that are known; the file is whole at any moment."""
+    half = pairs_lib.FILE.with_suffix('.part')
+    half.write_text(pairs_lib.as_json(found[key] for key in every_pair(rows) if key in found))
+    half.replace(pairs_lib.FILE)
+
+
+if __name__ == '__main__':
+    # The time goes into compiling, and two steps do not earn it back.
+    os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
+    jax.config.update('jax_platforms', 'cpu')
+    sys.exit(run_command(main, sys.argv[1:]))
