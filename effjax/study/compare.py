@@ -187,9 +187,9 @@ def expectation(
 
 
 def _finals(study: Study, cells: Sequence[Cell]) -> list[plan.Group]:
-    """Returns the judged runs of all arms, interleaved by budget, so that a drift hits all alike.
+    """Returns the judged runs of all arms, interleaved, so that a drift hits all alike.
 
-    Before the tuning has ended the first value of each grid stands for the winner.
+    The full budget comes first: a study cut short can then be judged at equal budget. Before the tuning has ended the first value of each grid stands for the winner.
     """
     groups: list[list[plan.Group]] = []
     for arm in study.arms:
@@ -197,7 +197,7 @@ def _finals(study: Study, cells: Sequence[Cell]) -> list[plan.Group]:
         if study.grid_of(arm):
             tuning = analyses.tune(study, arm, cells)
             settings = {study.tune_key: tuning.chosen if tuning else study.grid_of(arm)[0]}
-        groups.append(plan.final(study, arm, settings))
+        groups.append(plan.final(study, arm, settings)[::-1])
     return [g for same_budget in zip(*groups, strict=True) for g in same_budget]
 
 

@@ -129,7 +129,7 @@ def _job(
         'seed': seed,
         'init_seed': seed + arm.init_offset if arm.init_offset else -1,
         'name': f'{arm.name}-{phase}',
-        'log': {**config['log'], 'progress': False, 'tensorboard': False},
+        'log': {**config['log'], 'progress': False, 'tensorboard': False, 'every_steps': 20},
         'finish': {**config['finish'], 'gzip': False, 'sample_tokens': 0},
         'checkpoint': {**config['checkpoint'], 'keep': 1},
     }

@@ -19,7 +19,7 @@ from effjax.training import schedules, setup
 from effjax.training.runtime import Runtime
 
 LEAST_STEPS = 10
-BATCHED_PARAMS = 50e6  # parameters of all lanes together, up to which `vmap` is chosen
+BATCHED_PARAMS = 100e6  # parameters of all lanes together, up to which `vmap` is chosen
 
 
 @dataclasses.dataclass(frozen=True)
