@@ -155,6 +155,7 @@ def _compare(
             margin=study.margin,
             detectable=detectable,
             reason=reason,
+            untuned=[n for n in (study.baseline.name, arm.name) if _untuned(study, tunings[n])],
         ),
         difference=interval,
         pairs=pairs,
@@ -303,6 +304,10 @@ def _notes(
             words_ = {'missing': 'not run yet'}.get(status, status)
             out.append(f'{count} of {len(bad)} runs {words_}.')
     return out
+
+
+def _untuned(study: Study, tuning: Tuning | None) -> bool:
+    return bool(study.tune_key) and (tuning is None or tuning.edge)
 
 
 def _general(study: Study, final: Sequence[Cell]) -> list[str]:

@@ -189,7 +189,8 @@ def expectation(
 def _finals(study: Study, cells: Sequence[Cell]) -> list[plan.Group]:
     """Returns the judged runs of all arms, interleaved, so that a drift hits all alike.
 
-    The full budget comes first: a study cut short can then be judged at equal budget. Before the tuning has ended the first value of each grid stands for the winner.
+    The full budget comes first: a study cut short can then be judged at equal budget. Before the
+    tuning has ended the first value of each grid stands for the winner.
     """
     groups: list[list[plan.Group]] = []
     for arm in study.arms:

@@ -1,5 +1,7 @@
 """A finding in words: the sentence that every output of a study begins with."""
 
+from collections.abc import Sequence
+
 from effjax.study.records import Interval, Ratio
 from effjax.study.spec import AXES
 
@@ -16,6 +18,7 @@ def sentence(
     margin: float,
     detectable: float | None,
     reason: str = '',
+    untuned: Sequence[str] = (),
 ) -> str:
     """Returns the finding on one arm.
 
@@ -29,11 +32,27 @@ def sentence(
       margin: the study's.
       detectable: smallest difference that this many seeds find.
       reason: why it was refused or failed.
+      untuned: arms whose tuning did not end inside its grid.
     """
-    budget, quality = AXES[axis][1], metric.partition('.')[2].replace('_', ' ')
     if verdict in ('refused', 'failed'):
         return f'no verdict on {arm}: {reason}'
     assert difference is not None
+    text = _finding(arm, baseline, verdict, axis, metric, difference, ratio, margin, detectable)
+    return text + (f' (untuned: {" and ".join(untuned)})' if untuned else '')
+
+
+def _finding(
+    arm: str,
+    baseline: str,
+    verdict: str,
+    axis: str,
+    metric: str,
+    difference: Interval,
+    ratio: Ratio | None,
+    margin: float,
+    detectable: float | None,
+) -> str:
+    budget, quality = AXES[axis][1], metric.partition('.')[2].replace('_', ' ')
     gap = _difference(difference)
     if verdict == 'equivalent' and not (difference.mean or difference.sd):
         return f'{arm} gave exactly the same {quality} as {baseline} on every seed'

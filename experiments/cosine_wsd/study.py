@@ -9,10 +9,10 @@ def get_study() -> Study:
     return LM10M.study(
         'cosine_wsd',
         (
-            Arm('cosine', ("schedule={'kind': 'cosine', 'peak': 0.004, 'warmup': 0.05}",)),
+            Arm('cosine', ("schedule={'kind': 'cosine', 'peak': 0.008, 'warmup': 0.05}",)),
             Arm(
                 'wsd',
-                ("schedule={'kind': 'wsd', 'peak': 0.004, 'warmup': 0.05, 'decay': 0.2}",),
+                ("schedule={'kind': 'wsd', 'peak': 0.008, 'warmup': 0.05, 'decay': 0.2}",),
                 method='wsd',
             ),
         ),

@@ -198,8 +198,9 @@ def test_an_untuned_arm_is_noted():
         for a in ('base', 'new')
         for g, v in zip((1.0, 2.0, 4.0), (3.0, 2.0, 1.0), strict=True)
     ]
-    notes = judge(study(), runs).notes
-    assert any(n.startswith('new is untuned: its best schedule.peak, 4') for n in notes)
+    found = judge(study(), runs)
+    assert found.sentence.endswith('(untuned: base and new)')
+    assert any(n.startswith('new is untuned: its best schedule.peak, 4') for n in found.notes)
 
 
 def test_findings_survive_json():
