@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(study: 'Study', out: pathlib.Path, args: argparse.Namespace, argv: Sequence[str]) -> int:
     from effjax.study import compare as studies
+    from effjax.study import execute
 
     command = shlex.join(['python', '-m', 'effjax.compare', *argv])
     if args.report_only:
@@ -61,7 +62,8 @@ def _run(study: 'Study', out: pathlib.Path, args: argparse.Namespace, argv: Sequ
             probe=not args.no_probe,
             commands=(command,),
         )
-        found = studies.compare(study, out, options, say=lambda line: print(line, file=sys.stderr))
+        with execute.leaving():
+            found = studies.compare(study, out, options, say=_say)
     for comparison in found.comparisons:
         print(comparison.sentence + (f', at this size ({found.scale})' if found.scale else ''))
     for note in dict.fromkeys([*(n for c in found.comparisons for n in c.notes), *found.notes]):
@@ -72,6 +74,10 @@ def _run(study: 'Study', out: pathlib.Path, args: argparse.Namespace, argv: Sequ
 
         print(f'published: {card.publish(found, args.publish)}')
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -133,7 +139,8 @@ def _from_flags(args: argparse.Namespace, overrides: Sequence[str]) -> 'Study':
     if not args.budget:
         raise StudyError('give the budget of a run: --budget=20m, 1e8tokens, 3e15flops, 2000steps.')
     base = as_dict(load(args.baseline, overrides))
-    common = [*overrides, *_data(args.data, base), *_evaluation(base, args.metric)]
+    # What was said of single keys comes last: it refines the blocks that stand before it.
+    common = [*_data(args.data, base), *_evaluation(base, args.metric), *overrides]
     axis, amount = spec.parse_budget(args.budget)
     changes = [spec.split_change(text) for text in args.change]
     arms = (spec.Arm('baseline'), *(spec.Arm(spec.arm_name(c), c) for c in changes))
@@ -173,6 +180,8 @@ def _changed(study: 'Study', args: argparse.Namespace) -> 'Study':
     """Returns a study with what the command line says."""
     import dataclasses
 
+    from effjax.study import spec
+
     given: dict[str, Any] = {
         'metric': args.metric,
         'margin': args.margin,
@@ -183,6 +192,8 @@ def _changed(study: 'Study', args: argparse.Namespace) -> 'Study':
         'grid': _numbers(args.grid, '--grid') if args.grid else None,
     }
     changes = {k: v for k, v in given.items() if v is not None}
+    if args.metric:
+        changes['lower_is_better'] = spec.lower_is_better(args.metric)
     if args.batched:
         changes['batched'] = {'auto': None, 'yes': True, 'no': False}[args.batched]
     return dataclasses.replace(study, **changes)
@@ -222,12 +233,17 @@ def _data(path: str | None, base: dict[str, Any]) -> list[str]:
     """Returns the override that puts a user's own data in the place of the baseline's."""
     if not path:
         return []
-    suffixes = ''.join(pathlib.Path(path).suffixes)
-    kind = 'text'
-    for ending, found in (('.jsonl', 'jsonl'), ('.parquet', 'parquet')):
-        kind = found if ending in suffixes else kind
     kept = {k: v for k, v in base['data'].items() if k in ('tokenizer', 'packing')}
-    return [f'data={ {"kind": kind, "path": path, **kept}!r}']
+    return [f'data={ {"kind": _source(pathlib.Path(path)), "path": path, **kept}!r}']
+
+
+def _source(path: pathlib.Path) -> str:
+    """Returns the data source for a file, or for what a folder holds: text where it has both."""
+    for kind in ('jsonl', 'parquet'):
+        inside = path.is_dir() and any(path.rglob(f'*.{kind}*')) and not any(path.rglob('*.txt'))
+        if inside or (not path.is_dir() and f'.{kind}' in path.suffixes):
+            return kind
+    return 'text'
 
 
 def _evaluation(base: dict[str, Any], metric: str | None) -> list[str]:

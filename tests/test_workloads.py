@@ -95,14 +95,14 @@ def test_tuning_can_find_a_better_value_on_both_sides(workload):
 
 @workloads
 def test_it_makes_a_study(workload):
-    study = workload.study('ffn', ARMS, overrides=('seed=3',), fractions=(1.0,))
+    study = workload.study('ffn', ARMS, overrides=('ema=0.9',), fractions=(1.0,))
     spec.check(study)
     assert (study.config, study.budget, study.grid) == (
         workload.config,
         workload.budget,
         workload.grid,
     )
-    assert study.overrides == (*workload.overrides, 'seed=3')
+    assert study.overrides == (*workload.overrides, 'ema=0.9')
     assert study.fractions == (1.0,)
     assert study.margin == workload.margin > 0
     assert study.scale and workload.note

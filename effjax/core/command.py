@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from effjax.core.errors import ConfigError, EffjaxError
 from effjax.core.registry import suggest
@@ -35,8 +36,13 @@ def parse_with_overrides(
       The arguments, and the overrides as 'KEY=VALUE'.
 
     Raises:
-      ConfigError: an argument that is neither.
+      ConfigError: an argument that is neither, or a value that it does not take.
     """
+
+    def fail(message: str) -> NoReturn:
+        raise ConfigError(f'{message}; see --help.')  # argparse's own way fills a screen
+
+    parser.error = fail  # type: ignore[method-assign]
     prefix = '--config.'
     args, unknown = parser.parse_known_args([a for a in argv if not a.startswith(prefix)])
     if unknown:

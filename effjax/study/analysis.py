@@ -3,6 +3,7 @@
 Pure functions of a study and its cells; what is refused is refused here, in words.
 """
 
+import ast
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
@@ -297,6 +298,11 @@ def _notes(
                 f'{name} is untuned: its best {tuning.key}, {tuning.chosen:g}, is at the edge of '
                 'its grid.'
             )
+    out += [
+        f'{a.name} sets {study.tune_key} itself, which tuning sets for every arm alike.'
+        for a in (study.baseline, arm)
+        if study.tune_key and any(_sets(o, study.tune_key) for o in a.overrides)
+    ]
     bad = [c for c in final if c.arm in (study.baseline.name, arm.name)]
     for status in ('failed', 'diverged', 'missing'):
         count = sum(c.status == status for c in bad)
@@ -304,6 +310,24 @@ def _notes(
             words_ = {'missing': 'not run yet'}.get(status, status)
             out.append(f'{count} of {len(bad)} runs {words_}.')
     return out
+
+
+def _sets(override: str, key: str) -> bool:
+    """Whether 'a.b=c' sets a config key, by itself or within a whole block."""
+    name, _, text = override.partition('=')
+    if name == key:
+        return True
+    if not key.startswith(f'{name}.'):
+        return False
+    try:
+        node = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return False
+    for part in key.removeprefix(f'{name}.').split('.'):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
 
 
 def _untuned(study: Study, tuning: Tuning | None) -> bool:

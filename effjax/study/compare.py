@@ -233,7 +233,7 @@ def _scale(study: Study, folder: pathlib.Path, cells: Sequence[Cell]) -> str:
     summary = json.loads((folder / done[0].workdir / 'summary.json').read_text())
     params, tokens = done[0].costs['params'], done[0].costs['tokens']
     data = summary.get('data') or {}
-    name = data.get('kind') or data.get('name') or ''
+    name = data.get('source') or ''
     counted = f'{page.si(tokens)} tokens' if tokens else f'{done[0].costs["examples"]} examples'
     return f'{page.si(params or 0)} parameters, {counted}' + (f' of {name}' if name else '')
 

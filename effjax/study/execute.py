@@ -11,6 +11,7 @@ import os
 import pathlib
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,30 @@ from effjax.study.plan import Group, Job
 
 class Stopped(StudyError):
     """A signal asked the study to stop; what is done stays done."""
+
+
+class _Terminated(BaseException):
+    """SIGTERM, outside of a run; no `except Exception` may take it for a run's failure."""
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Turns a SIGTERM at any moment into `Stopped`; a run in progress saves first.
+
+    Raises:
+      Stopped: the signal came.
+    """
+
+    def leave(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    old = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    except _Terminated as error:
+        raise Stopped('stopped by SIGTERM; the same command goes on.') from error
+    finally:
+        signal.signal(signal.SIGTERM, old if old is not None else signal.SIG_DFL)
 
 
 class Runner:
@@ -195,7 +220,9 @@ def _run_batched(jobs: Sequence[Job], out: pathlib.Path, code: str) -> None:
     from effjax.training.batched import run_batched
 
     try:
-        summaries = run_batched([j.config for j in jobs], [out / j.folder for j in jobs])
+        summaries = run_batched(
+            [_on_one_device(j.config) for j in jobs], [out / j.folder for j in jobs]
+        )
     except Exception as error:
         for job in jobs:
             store.end(job, out, code, _kind(error), _message(error))
@@ -206,6 +233,11 @@ def _run_batched(jobs: Sequence[Job], out: pathlib.Path, code: str) -> None:
         store.end(
             job, out, code, 'done' if summary['complete'] else 'diverged', summary.get('error', '')
         )
+
+
+def _on_one_device(config: dict[str, Any]) -> dict[str, Any]:
+    """Lanes share one device; an axis that takes all there are takes that one."""
+    return {**config, 'mesh': {axis: max(size, 1) for axis, size in config['mesh'].items()}}
 
 
 def _kind(error: Exception) -> str:
@@ -263,9 +295,12 @@ class _Process:
         if answer:
             return answer
         self._process = None
+        code = process.wait()
+        if code in (-signal.SIGTERM, -signal.SIGINT):
+            return 'stopped'  # before or after a run, which would have saved
         self._errors.seek(0)
         last = (self._errors.read().strip().splitlines() or ['it said nothing'])[-1]
-        return f'its process ended with exit code {process.wait()}: {last}'
+        return f'its process ended with exit code {code}: {last}'
 
     def stop(self) -> None:
         """Asks a running order to save and leave."""

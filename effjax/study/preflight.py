@@ -8,14 +8,19 @@ import dataclasses
 import hashlib
 from typing import Any
 
+import jax
 import numpy as np
 
+from effjax import parallel
 from effjax.core.config import as_dict, check_form
 from effjax.core.errors import EffjaxError, StudyError
+from effjax.core.registry import suggest
+from effjax.costs import EnergyMeter
 from effjax.costs.reference import reference_seconds
 from effjax.study import plan
 from effjax.study.spec import AXES, Arm, Study
 from effjax.training import schedules, setup
+from effjax.training.batched import VARYING
 from effjax.training.runtime import Runtime
 
 LEAST_STEPS = 10
@@ -72,15 +77,32 @@ def batched(study: Study, facts: dict[str, Facts]) -> bool:
                 'nothing for one of them; use --batched=no.'
             )
         return False
+    obstacle = _obstacle(study, facts)
+    if study.batched and obstacle:
+        raise StudyError(f'{obstacle}; use --batched=no.')
     if study.batched is not None:
         return study.batched
     lanes = max(len(study.seeds), len(study.grid) * study.tune_seeds)
-    one_device = all(
-        size in (-1, 1) for f in facts.values() for size in f.resolved['mesh'].values()
-    )
-    plain = all(not f.resolved['stages'] for f in facts.values())
     small = all(f.params * lanes <= BATCHED_PARAMS for f in facts.values())
-    return one_device and plain and small
+    return small and not obstacle
+
+
+def _obstacle(study: Study, facts: dict[str, Facts]) -> str:
+    """Returns why the runs of an arm cannot share a compiled step, '' if they can."""
+    if study.tune_key and study.tune_key.partition('.')[0] not in VARYING:
+        return (
+            f'batched runs may differ in {", ".join(VARYING)} only, and tuning varies '
+            f'{study.tune_key}'
+        )
+    for name, fact in facts.items():
+        config = fact.resolved
+        if any(size not in (-1, 1) for size in config['mesh'].values()):
+            return f'arm {name!r}: batched runs share one device, but config.mesh spans several'
+        if config['stages']:
+            return f'arm {name!r}: batched runs have one stage, but config.stages is set'
+        if config['log']['wandb']:
+            return f'arm {name!r}: config.log.wandb follows one run at a time'
+    return ''
 
 
 def _arm(study: Study, arm: Arm) -> Facts:
@@ -90,6 +112,7 @@ def _arm(study: Study, arm: Arm) -> Facts:
         setup.check(job.config)
         runtime = Runtime(job.config)
         digest = _evaluation(study, runtime)
+        _check_tuning(study, arm)
         steps = _steps(study, runtime)
     except EffjaxError as e:
         raise StudyError(f'arm {arm.name!r}: {e}') from e
@@ -114,6 +137,31 @@ def _arm(study: Study, arm: Arm) -> Facts:
     )
 
 
+def _check_tuning(study: Study, arm: Arm) -> None:
+    """Checks each value of an arm's grid before the first of its runs."""
+    for value in study.grid_of(arm):
+        config = plan.arm_config(study, arm, [f'{study.tune_key}={value!r}'])
+        try:
+            setup.check(config)
+        except EffjaxError as e:
+            raise StudyError(f'with {study.tune_key}={value:g} of its grid: {e}') from e
+
+
+def _check_metric(study: Study, runtime: Runtime, evaluation: Any) -> None:
+    """Checks that the evaluation gives the study's metric, by tracing it."""
+    batch = next(iter(evaluation.source))
+    state = runtime.abstract
+    with parallel.mesh_context(runtime.mesh, runtime.rules):
+        sums = jax.eval_shape(runtime.raw_eval_step(), state['params'], state['buffers'], batch)
+    known = runtime.task.metrics(dict.fromkeys(sums, (1.0, 1.0)), evaluation.source)
+    key = study.metric.partition('.')[2]
+    if key not in known:
+        raise StudyError(
+            f'evaluation {evaluation.name!r} has no metric {key!r}; it gives {", ".join(known)}.'
+            + suggest(key, known)
+        )
+
+
 def _check_decay(arm: Arm, block: dict[str, Any], *, last: bool) -> None:
     schedule = schedules.build(block)
     if last and schedule(1.0) > 0.01 * schedule.peak:
@@ -126,6 +174,11 @@ def _check_decay(arm: Arm, block: dict[str, Any], *, last: bool) -> None:
 
 def _steps(study: Study, runtime: Runtime) -> int | None:
     """Steps at the full budget where a step's size is known beforehand (one stage)."""
+    if study.axis == 'joules' and EnergyMeter().joules() is None:
+        raise StudyError(
+            'a budget in joules needs a meter, and nothing measures energy here (it takes an '
+            'NVIDIA GPU and the nvidia-ml-py package); count flops, seconds or tokens instead.'
+        )
     stage = runtime.stages[0]
     if len(runtime.stages) > 1 or study.axis in ('seconds', 'joules', 'hardware_flops'):
         return None
@@ -157,6 +210,7 @@ def _evaluation(study: Study, runtime: Runtime) -> str:
             f'there is no evaluation {name!r} for the metric {study.metric!r}; the config has '
             f'{", ".join(found) or "none"}: set config.evals.{name}.'
         )
+    _check_metric(study, runtime, found[name])
     digest = hashlib.sha256()
     for batch in found[name].source:
         for key in sorted(batch):

@@ -6,6 +6,7 @@ effjax.compare` also makes one from a baseline and its changes.
 
 import dataclasses
 import importlib.util
+import math
 import pathlib
 import re
 from collections.abc import Sequence
@@ -26,7 +27,15 @@ AXES = {
     'seconds': ('s', 'training time'),
     'joules': ('J', 'energy'),
 }
+HIGHER_IS_BETTER = ('accuracy',)  # of the tasks' metrics; of all others less is better
 FRACTIONS = (0.6, 0.75, 0.9, 1.0)  # of the budget; each run decays its own schedule to zero
+# What a study sets in every run's config, and what says it instead.
+_OWN = {
+    'steps': 'the budget (--budget)',
+    'budget': 'the budget (--budget)',
+    'seed': 'the seeds (--seeds)',
+    'init_seed': 'the seeds (--seeds), or init_offset of an arm in a study file',
+}
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.+-]*')
 
 
@@ -130,6 +139,7 @@ def check(study: Study) -> None:
     if len(study.arms) < 2:
         raise StudyError('a study needs a baseline and at least one change; give --change.')
     _check_names(study)
+    _check_overrides(study)
     if len(set(study.seeds)) != len(study.seeds):
         raise StudyError(f'seeds must differ, got {list(study.seeds)}.')
     if len(study.seeds) < 2:
@@ -137,8 +147,8 @@ def check(study: Study) -> None:
             'one seed has no interval, so that nothing could be told from noise; give at least 2 '
             'seeds (--seeds=3).'
         )
-    if study.margin < 0:
-        raise StudyError(f'the margin must not be negative, got {study.margin:g}.')
+    if not 0 <= study.margin < math.inf:
+        raise StudyError(f'the margin must be a number from 0 on, got {study.margin:g}.')
     if len(study.metric.split('.')) != 2:
         raise StudyError(
             f"the metric must be EVALUATION.METRIC, such as 'valid.loss', got {study.metric!r}."
@@ -192,6 +202,11 @@ def arm_name(overrides: Sequence[str]) -> str:
     return re.sub(r'[^A-Za-z0-9_.+-]+', '_', '+'.join(words)).strip('_.+-')[:60] or 'changed'
 
 
+def lower_is_better(metric: str) -> bool:
+    """Returns the direction of 'EVALUATION.METRIC'."""
+    return metric.partition('.')[2] not in HIGHER_IS_BETTER
+
+
 def parse_budget(text: str) -> tuple[str, float]:
     """Returns (axis, amount) of '20m', '1e9tokens', '3e16flops', '10ref_m', ...
 
@@ -229,6 +244,20 @@ def _check_names(study: Study) -> None:
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice:
         raise StudyError(f'two arms are called {twice!r}; give each a name of its own.')
+
+
+def _check_overrides(study: Study) -> None:
+    sides = [
+        ('the study', study.overrides),
+        *((f'arm {a.name!r}', a.overrides) for a in study.arms),
+    ]
+    for who, overrides in sides:
+        for key in (override.partition('=')[0].strip() for override in overrides):
+            if key in _OWN:
+                raise StudyError(
+                    f'{who} sets config.{key}, which a study sets for each of its runs; give '
+                    f'{_OWN[key]} instead.'
+                )
 
 
 def _check_fractions(study: Study) -> None:

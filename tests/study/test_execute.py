@@ -11,7 +11,8 @@ from effjax.study import execute, plan, preflight, store
 from effjax.study.records import analysis_from_json
 from effjax.study.spec import Arm, Study
 
-FACTS = preflight.Facts(1000, 1e6, 100, 'same', {}, {'mesh': {}, 'stages': []})
+RESOLVED = {'mesh': {}, 'stages': [], 'log': {'wandb': ''}}
+FACTS = preflight.Facts(1000, 1e6, 100, 'same', {}, RESOLVED)
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def trained(monkeypatch):
             'eval': {'valid': {'loss': loss}}, 'ledger': costs, 'params': 1000, 'joules': None,
             'clock': {**clock, 'data': 0.01, 'device_seconds': dict(clock)}, 'complete': True,
             'environment': {'device': 'cpu', 'backend': 'cpu', 'jax': '0'}, 'memory': {},
-            'data': {'kind': 'made up'},
+            'data': {'source': 'made up'},
         }  # fmt: skip
         (workdir / 'summary.json').write_text(json.dumps(summary))
         row = {'step': steps, 'tokens': 10 * steps, 'eval': summary['eval']}

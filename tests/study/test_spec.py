@@ -30,7 +30,7 @@ def study(**changes):
         ({'arms': (Arm('a'), Arm('b/c'))}, "'b/c' cannot name"),
         ({'seeds': (0,)}, r'one seed has no interval.*--seeds=3'),
         ({'seeds': (1, 1)}, 'seeds must differ'),
-        ({'margin': -1.0}, 'margin must not be negative'),
+        ({'margin': -1.0}, 'the margin must be a number from 0 on'),
         ({'metric': 'loss'}, "such as 'valid.loss'"),
         ({'fractions': (0.5,)}, 'fractions must rise to 1'),
         ({'fractions': (0.9, 0.5, 1.0)}, 'fractions must rise to 1'),
