@@ -128,17 +128,23 @@ def _compare(
     interval = stats.paired_interval(differences) if len(differences) > 1 else None
     spent = {axis: _spent(base, mine, axis) for axis in COSTS}
     notes = _notes(study, arm, final, tunings)
+    if source:
+        notes.append('The first line leaves out what the reused model cost; see "source charged".')
     reason = _refusal(study, base, mine)
+    # Seeds that diverged or failed are no missing data: leaving them out would flatter the rest.
+    broken = any(c.status in ('failed', 'diverged') for c in (*base.values(), *mine.values()))
     verdict, ratio = 'failed', None
     detectable = None
-    if interval is None:
-        reason = reason or _failure(study, arm, final)
+    if interval is None or broken:
+        reason = _failure(study, arm, final)
     elif reason:
         verdict = 'refused'
     else:
         verdict = stats.verdict(interval, study.margin, study.lower_is_better)
         ratio = _ratio(study, arm, final)
         detectable = stats.minimum_detectable(interval.sd, interval.n) if interval.sd else None
+    if interval is not None and interval.n < len(study.seeds) and not broken:
+        notes.append(f'{interval.n} of {len(study.seeds)} seeds so far.')
     clocked = _clock_refusal(base, mine)
     ratios = _on_all_axes(study, ratio, spent, clocked)
     return Comparison(
@@ -308,7 +314,8 @@ def _notes(
         count = sum(c.status == status for c in bad)
         if count:
             words_ = {'missing': 'not run yet'}.get(status, status)
-            out.append(f'{count} of {len(bad)} runs {words_}.')
+            whose = sorted({c.arm for c in bad if c.status == status})
+            out.append(f'{count} of {len(bad)} runs {words_} ({", ".join(whose)}).')
     return out
 
 

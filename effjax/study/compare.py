@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -215,7 +216,11 @@ def _devices(workers: int) -> list[str]:
     count = jax.local_device_count()
     if kind == 'gpu' and workers > count:
         raise StudyError(f'{workers} workers need as many devices, and there are {count}.')
-    return [str(i) if kind == 'gpu' else f'cpu{i}' for i in range(workers)]
+    if kind == 'tpu':
+        raise StudyError('--workers above 1 needs GPUs or CPUs: the runs of a TPU host share it.')
+    named = [d for d in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if d]
+    ids = named or [str(i) for i in range(count)]
+    return [ids[i] if kind == 'gpu' else f'cpu{i}' for i in range(workers)]
 
 
 def _amount(study: Study) -> str:

@@ -332,6 +332,7 @@ class _Process:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 text=True,
+                start_new_session=True,  # Ctrl-C reaches it through `stop` alone, once
             )
         return self._process
 

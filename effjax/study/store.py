@@ -60,6 +60,8 @@ def status(job: Job, out: pathlib.Path, code: str, *, any_code: bool = False) ->
             f'{code}); give another --out to start afresh, or --any_code to take old and new '
             'results together, which the report will say.'
         )
+    if found['status'] == 'done' and _read(out / job.folder / 'summary.json') is None:
+        return 'missing'  # lost or cut: it runs again
     return str(found['status'])
 
 
@@ -74,13 +76,14 @@ def collect(job: Job, out: pathlib.Path, metric: str) -> Cell:
     folder = out / job.folder
     note = _read(folder / FILE)
     told = note['status'] if note and note['digest'] == job.digest else 'missing'
-    known = 'missing' if told == 'running' else told
+    summary = _read(folder / 'summary.json')
+    lost = told == 'running' or (told == 'done' and summary is None)
+    known = 'missing' if lost else told
     base: dict[str, Any] = {
         'arm': job.arm, 'phase': job.phase, 'seed': job.seed, 'fraction': job.fraction,
         'settings': dict(job.settings), 'workdir': job.folder,
         'error': note['error'] if note and known != 'missing' else '',
     }  # fmt: skip
-    summary = _read(folder / 'summary.json')
     if known == 'missing' or summary is None:
         return Cell(status=known, **base)
     value = _metric(summary.get('eval', {}), metric)
@@ -152,6 +155,7 @@ def _write(job: Job, folder: pathlib.Path, code: str, state: str, error: str) ->
         'phase': job.phase, 'arm': job.arm, 'seed': job.seed, 'fraction': job.fraction,
         'settings': job.settings,
     }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / FILE, note)
 
 

@@ -76,6 +76,9 @@ def _finding(
 def savings(ratio: Ratio) -> str:
     """Returns '12 % +- 4', with a plain interval where it is lopsided, or 'at least 40 %'."""
     saved, low, high = 1 - ratio.ratio, 1 - ratio.high, 1 - ratio.low
+    if ratio.bound == 'at most' and ratio.high > 1.001 * ratio.ratio:
+        # The budgets end there, the interval does not: the seeds do not show that much.
+        return f'about {saved:.0%} or more (95 % interval from {low:.0%})'
     if ratio.bound:
         return f'{"at least" if ratio.bound == "at most" else "at most"} {saved:.0%}'
     up, down = high - saved, saved - low
@@ -87,6 +90,8 @@ def savings(ratio: Ratio) -> str:
 def speed(ratio: Ratio) -> str:
     """Returns '1.14x', with the words of a bound."""
     words = {'at most': 'at least ', 'at least': 'at most ', '': ''}[ratio.bound]
+    if ratio.bound == 'at most' and ratio.high > 1.001 * ratio.ratio:
+        words = 'about '
     return f'{words}{1 / ratio.ratio:.2f}x'
 
 

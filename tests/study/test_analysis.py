@@ -112,9 +112,25 @@ def test_failed_and_missing_runs_are_told_never_dropped():
     assert found.sentence == (
         'no verdict on new: 2 runs did not end well; new, seed 0: out of memory'
     )
-    assert '2 of 24 runs failed.' in found.notes
+    assert '2 of 24 runs failed (new).' in found.notes
     assert found.pairs[0][2] is None
     assert sum(c.status == 'failed' for c in analysis.analyse(study(), bad, code='').cells) == 2
+
+
+def test_diverged_seeds_leave_no_verdict_to_the_rest():
+    one = study(seeds=(0, 1, 2, 3, 4))
+    runs = [
+        dataclasses.replace(c, status='diverged', value=None, error='not finite')
+        if c.arm == 'new' and c.seed > 2
+        else c
+        for c in cells(one, gain=0.3)
+    ]
+    found = judge(one, runs)
+    assert found.verdict == 'failed'
+    assert 'new, seed 3: not finite' in found.sentence
+    missing = [c for c in runs if c.status == 'done']
+    assert judge(one, missing).verdict == 'win'
+    assert '3 of 5 seeds so far.' in judge(one, missing).notes
 
 
 @pytest.mark.parametrize(
@@ -211,6 +227,9 @@ def test_findings_survive_json():
 def test_savings_and_speedup_are_two_readings_of_one_ratio():
     assert words.savings(Ratio(0.75, 0.70, 0.80, 3)) == '25.0% ± 5.0'
     assert words.speed(Ratio(0.75, 0.70, 0.80, 3)) == '1.33x'
-    assert words.savings(Ratio(0.6, 0.6, 0.7, 3, 'at most')) == 'at least 40%'
-    assert words.speed(Ratio(0.6, 0.6, 0.7, 3, 'at most')) == 'at least 1.67x'
+    assert words.savings(Ratio(0.6, 0.6, 0.6, 3, 'at most')) == 'at least 40%'
+    assert words.speed(Ratio(0.6, 0.6, 0.6, 3, 'at most')) == 'at least 1.67x'
+    wide = Ratio(0.6, 0.6, 0.877, 3, 'at most')  # the budgets end at 0.6, the interval does not
+    assert words.savings(wide) == 'about 40% or more (95 % interval from 12%)'
+    assert words.speed(wide) == 'about 1.67x'
     assert 'interval 10.0% to 28.0%' in words.savings(Ratio(0.75, 0.72, 0.90, 3))
