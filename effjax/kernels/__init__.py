@@ -14,11 +14,13 @@ raises. Kernels import jax and numpy only, know no mesh, and name their residual
 from effjax.kernels.attention import MaskSpec, attention, save_attention
 from effjax.kernels.choice import choices, last_choice, target
 from effjax.kernels.cross_entropy import linear_cross_entropy
+from effjax.kernels.delta_rule import delta_rule
 
 __all__ = [
     'MaskSpec',
     'attention',
     'choices',
+    'delta_rule',
     'last_choice',
     'linear_cross_entropy',
     'save_attention',

@@ -1,0 +1,47 @@
+"""FLOPs of the delta rule, by its recurrence and as its implementations execute it.
+
+Plain Python: `effjax.costs` imports it without jax.
+"""
+
+CHUNK = 64  # tokens of a chunk unless the caller says otherwise
+
+
+def model_flops(
+    batch: int, length: int, heads: int, key_dim: int, value_dim: int, *, decay: bool
+) -> float:
+    """FLOPs of the recurrence: three multiply-adds an element of the state, and its decay.
+
+    The state is read with the key, written with the key, and read with the query.
+    """
+    return float(batch * length * heads * key_dim * value_dim * (7 if decay else 6))
+
+
+def chunk_size(length: int, chunk: int) -> int:
+    """Tokens of a chunk that 'xla' really uses."""
+    return max(1, min(chunk, length))
+
+
+def executed_flops(
+    implementation: str,
+    batch: int,
+    length: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    decay: bool = False,
+    chunk: int = CHUNK,
+) -> float:
+    """FLOPs of the forward pass that an implementation really executes.
+
+    Of a chunk of C tokens 'xla' forms two C x C matrices over the keys' dimension, solves a
+    triangular system for K + V columns, and multiplies one C x C matrix by C x V and three C x K
+    matrices by K x V (or their transposes).
+    """
+    if implementation == 'reference':
+        return 6.0 * batch * length * heads * key_dim * value_dim
+    size = chunk_size(length, chunk)
+    chunks = -(-length // size) * batch * heads
+    inside = size * size * (4 * key_dim + (key_dim + value_dim) + 2 * value_dim)
+    across = 6 * size * key_dim * value_dim
+    return float(chunks * (inside + across + (size if decay else 0)))

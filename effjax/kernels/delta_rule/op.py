@@ -1,0 +1,67 @@
+"""The public function: checks the call, picks an implementation, runs it."""
+
+from typing import Any
+
+import jax
+
+from effjax.kernels import choice
+from effjax.kernels.delta_rule import cost, problem, reference, xla
+
+_IMPLEMENTATIONS = {'xla': xla, 'reference': reference}
+
+
+def delta_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    return_state: bool = False,
+    chunk: int = cost.CHUNK,
+    implementation: str | None = None,
+) -> Any:
+    """The delta rule (DeltaNet, arXiv 2406.06484), gated where there are decays (2412.06464).
+
+        S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,    o_t = scale q_t S_t,
+
+    with a_t = exp(log_decay_t). For a stable recurrence keys have norm 1 and beta lies in (0, 1),
+    or (0, 2) where eigenvalues may be negative; neither is enforced. All arithmetic is float32
+    (float64 for float64 inputs). With documents, each begins with a state of 0, the row's first
+    one with the initial state; padding neither reads, decays nor writes, and gives 0.
+
+    Args:
+      q: queries [B, T, H, K].
+      k: keys [B, T, H, K].
+      v: values [B, T, H, V].
+      beta: how much of a key's old value is replaced, [B, T, H].
+      log_decay: at most 0; [H] or [B, T, H]; None decays nothing.
+      scale: factor on the queries; None means 1.
+      initial_state: [B, H, K, V]; None means 0.
+      segment_ids: int32 [B, T], the document of each token, 0 is padding. None: one document.
+      return_state: also return the state of the row's last document after its last token.
+      chunk: tokens of a chunk of 'xla'; changes speed and rounding only.
+      implementation: 'xla', 'reference', or None for the best that can run.
+
+    Returns:
+      o [B, T, H, V] in the dtype of q, or (o, state [B, H, K, V]) with the state in float32.
+
+    Raises:
+      ValueError: shapes that do not fit, or an unknown implementation.
+    """
+    problem.check(q, k, v, beta, log_decay, initial_state, segment_ids, chunk)
+    chosen = choice.pick(
+        'delta_rule',
+        implementation,
+        dict.fromkeys(_IMPLEMENTATIONS),
+        shape=(*q.shape, v.shape[-1]),
+        dtype=q.dtype.name,
+    )
+    with jax.named_scope(f'delta_rule_{chosen}'):
+        prepared = problem.prepare(q, k, v, beta, log_decay, scale, initial_state, segment_ids)
+        o, state = _IMPLEMENTATIONS[chosen].run(prepared, chunk)
+        o = o.astype(q.dtype)
+    return (o, state) if return_state else o
