@@ -15,12 +15,14 @@ from effjax.kernels.attention import MaskSpec, attention, save_attention
 from effjax.kernels.choice import choices, last_choice, target
 from effjax.kernels.cross_entropy import linear_cross_entropy
 from effjax.kernels.delta_rule import delta_rule
+from effjax.kernels.fft_conv import fft_conv
 
 __all__ = [
     'MaskSpec',
     'attention',
     'choices',
     'delta_rule',
+    'fft_conv',
     'last_choice',
     'linear_cross_entropy',
     'save_attention',
