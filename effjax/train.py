@@ -63,7 +63,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path | None = None) ->
     folder = pathlib.Path(workdir)
     summary, stopped_by = train(config, folder)
     page = report.write(folder) if is_primary() else folder / 'report.html'
-    return Run(folder, summary, page, stopped_by)
+    return Run(folder, summary, page, None if summary['complete'] else stopped_by)
 
 
 def default_workdir(name: str) -> pathlib.Path:

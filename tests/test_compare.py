@@ -302,6 +302,7 @@ def exact(analysis: Analysis) -> list[dict]:
     out = []
     for comparison in analysis.comparisons:
         told = dataclasses.asdict(comparison)
+        told['notes'] = [n for n in told['notes'] if not n.startswith('No ratio of time')]
         for table in ('spent', 'at_equal_quality'):
             told[table] = {axis: told[table].get(axis) for axis in EXACT}
         out.append(told)
@@ -358,7 +359,8 @@ def whole(baseline, tmp_path_factory) -> list[dict]:
 
 def long_study(baseline: str) -> list[str]:
     given = ['--change', 'model.ffn.kind=gelu', STEPS, '--seeds=2', '--tune_key=', '--fractions=1']
-    return [f'--baseline={baseline}', *given, '--no_probe', '--batched=no']
+    rows = '--config.log.every_steps=2'  # tests watch them to see a run under way
+    return [f'--baseline={baseline}', *given, rows, '--no_probe', '--batched=no']
 
 
 def command(argv: list[str], out: pathlib.Path) -> subprocess.Popen:
@@ -378,7 +380,7 @@ def when_training(process: subprocess.Popen, out: pathlib.Path, runs: int) -> No
 
 
 @pytest.mark.process
-def test_a_study_survives_a_kill_and_a_signal(baseline, whole, tmp_path):
+def test_a_study_survives_a_kill(baseline, whole, tmp_path):
     argv = long_study(baseline)
     process = command(argv, tmp_path)
     when_training(process, tmp_path, 1)
@@ -386,17 +388,9 @@ def test_a_study_survives_a_kill_and_a_signal(baseline, whole, tmp_path):
     process.communicate()
     assert not list(tmp_path.rglob('summary.json'))  # in the middle of the first run
     process = command(argv, tmp_path)
-    when_training(process, tmp_path, 2)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate()[1]
-    assert process.returncode == 1
-    assert said.splitlines()[-1] == 'error: stopped by SIGTERM; the same command goes on.'
-    assert 'Traceback' not in said
-    assert not (tmp_path / 'analysis.json').exists()
-    process = command(argv, tmp_path)
     out, said = process.communicate()
     assert process.returncode == 0, said
-    assert '[1/3]' in said and out.startswith(whole[0]['sentence'])
+    assert '[1/4]' in said and out.startswith(whole[0]['sentence'])
     assert exact(found(tmp_path)) == whole
 
 

@@ -207,13 +207,14 @@ def _run_one(job: Job, out: pathlib.Path, code: str) -> None:
     from effjax.training.session import train
 
     try:
-        _, stopped_by = train(job.config, out / job.folder)
+        summary, stopped_by = train(job.config, out / job.folder)
     except Exception as error:
         store.end(job, out, code, _kind(error), _message(error))
         return
+    if not stopped_by or summary.get('complete'):
+        store.end(job, out, code, 'done')
     if stopped_by:
         raise Stopped(f'stopped by {stopped_by}; the same command goes on.')
-    store.end(job, out, code, 'done')
 
 
 def _run_batched(jobs: Sequence[Job], out: pathlib.Path, code: str) -> None:

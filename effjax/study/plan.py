@@ -123,13 +123,15 @@ def _job(
     study: Study, arm: Arm, phase: str, seed: int, fraction: float, settings: dict[str, Any]
 ) -> Job:
     config = arm_config(study, arm, [f'{k}={v!r}' for k, v in settings.items()])
+    every = config['log']['every_steps']
+    rows = 20 if every == 1 else every  # many runs: the default would fill the disk
     config |= {
         'steps': 0,
         'budget': f'{study.budget * fraction!r}{AXES[study.axis][0]}',
         'seed': seed,
         'init_seed': seed + arm.init_offset if arm.init_offset else -1,
         'name': f'{arm.name}-{phase}',
-        'log': {**config['log'], 'progress': False, 'tensorboard': False, 'every_steps': 20},
+        'log': {**config['log'], 'progress': False, 'tensorboard': False, 'every_steps': rows},
         'finish': {**config['finish'], 'gzip': False, 'sample_tokens': 0},
         'checkpoint': {**config['checkpoint'], 'keep': 1},
     }

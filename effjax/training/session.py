@@ -19,7 +19,8 @@ def train(config: Mapping[str, Any], workdir: pathlib.Path) -> tuple[dict[str, A
       workdir: the run's folder, made if need be; a run that was stopped there goes on.
 
     Returns:
-      (what `summary.json` holds, the signal that ended the run early or None).
+      (what `summary.json` holds, the signal that came or None). A signal after the last step leaves
+      the run complete; whoever has more to do must still stop.
 
     Raises:
       ConfigError, DataError, CheckpointError, TrainingError: see `effjax.train.run`.
@@ -31,4 +32,4 @@ def train(config: Mapping[str, Any], workdir: pathlib.Path) -> tuple[dict[str, A
     summary = finish.summary(trainer)
     if parallel.is_primary():
         write_json_atomic(trainer.workdir / 'summary.json', summary)
-    return summary, stopped_by
+    return summary, stopped_by or trainer.stop.requested
