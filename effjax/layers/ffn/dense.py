@@ -12,6 +12,7 @@ from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
+from effjax.core.keys import branch
 from effjax.layers.linear import Projection, initializer
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -50,17 +51,17 @@ class Dense(nnx.Module):
         self.width, self.hidden = ctx.width, hidden
         self.with_bias = ctx.bias if bias is None else bias
         self.itemsize = ctx.policy.compute_dtype.itemsize
-        make: Any = functools.partial(Projection, ctx, bias=self.with_bias, rngs=rngs)
+        make: Any = functools.partial(Projection, ctx, bias=self.with_bias)
         inner = functools.partial(
             make, '...d,df->...f', (ctx.width, hidden), ('embed', 'mlp'),
             init=initializer(ctx, ctx.width),
         )  # fmt: skip
         if self.gated:
-            self.gate = inner()
-        self.up = inner()
+            self.gate = inner(rngs=branch(rngs, 'gate'))
+        self.up = inner(rngs=branch(rngs, 'up'))
         self.down = make(
             '...f,fd->...d', (hidden, ctx.width), ('mlp', 'embed'),
-            init=initializer(ctx, hidden, residual=True),
+            init=initializer(ctx, hidden, residual=True), rngs=branch(rngs, 'down'),
         )  # fmt: skip
 
     def __call__(self, x: jax.Array, *, info: SeqInfo) -> tuple[jax.Array, dict[str, Any]]:

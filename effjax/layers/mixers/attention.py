@@ -12,6 +12,7 @@ from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
+from effjax.core.keys import branch
 from effjax.kernels import attention
 from effjax.kernels.attention.cost import attention_flops, pairs
 from effjax.kernels.choice import platform
@@ -81,10 +82,10 @@ class Attention(nnx.Module):
         self._make_projections(ctx, rngs)
 
     def _make_projections(self, ctx: Context, rngs: nnx.Rngs) -> None:
-        self.query = self._inward(ctx, 'heads', rngs)
-        self.key = self._inward(ctx, 'kv_heads', rngs)
-        self.value: Any = self._inward(ctx, 'kv_heads', rngs)
-        self.out: Any = self._outward(ctx, rngs)
+        self.query = self._inward(ctx, 'heads', branch(rngs, 'query'))
+        self.key = self._inward(ctx, 'kv_heads', branch(rngs, 'key'))
+        self.value: Any = self._inward(ctx, 'kv_heads', branch(rngs, 'value'))
+        self.out: Any = self._outward(ctx, branch(rngs, 'out'))
 
     def _inward(self, ctx: Context, axis: str, rngs: nnx.Rngs, init: Any = None) -> Projection:
         """A projection [embed, `axis`, head_dim]."""

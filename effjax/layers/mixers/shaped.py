@@ -10,6 +10,7 @@ from effjax.core.axes import param
 from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops
 from effjax.core.info import SeqInfo
+from effjax.core.keys import branch
 from effjax.layers.linear import identity, zeros
 from effjax.layers.mixers import cache as kv
 from effjax.layers.mixers.attention import Attention, State
@@ -53,11 +54,13 @@ class ShapedAttention(Attention):
         self.gamma = param(one, ('heads',), no_decay=True)
 
     def _make_projections(self, ctx: Context, rngs: nnx.Rngs) -> None:
-        self.query = self._inward(ctx, 'heads', rngs, zeros)
-        self.key = self._inward(ctx, 'heads', rngs)
+        self.query = self._inward(ctx, 'heads', branch(rngs, 'query'), zeros)
+        self.key = self._inward(ctx, 'heads', branch(rngs, 'key'))
         with_values = self.with_values
-        self.value = self._inward(ctx, 'heads', rngs, identity) if with_values else None
-        self.out = self._outward(ctx, rngs, identity) if with_values else None
+        self.value = (
+            self._inward(ctx, 'heads', branch(rngs, 'value'), identity) if with_values else None
+        )
+        self.out = self._outward(ctx, branch(rngs, 'out'), identity) if with_values else None
 
     def init_state(self, batch: int, max_len: int, dtype: Any) -> State:
         """Returns an empty cache, and the sum of the current document's values in float32."""

@@ -84,3 +84,12 @@ def test_the_gate_keeps_its_two_inputs_only():
     kept = [a.dtype for a in jax.tree.leaves(pull) if a.size >= gate.size]
     assert kept == [jnp.bfloat16] * 2 and y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(np.float32), 1 / (1 + np.exp(-1)), rtol=1e-2)
+
+
+def test_a_gate_changes_no_other_initial_value():
+    """Arms of a study that differ in the gate alone start equal elsewhere."""
+    plain, gated = make('gelu', hidden=24), make('swiglu', hidden=24)
+    for name in ('up', 'down'):
+        a, b = (getattr(part, name).kernel[...] for part in (plain, gated))
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(gated.gate.kernel[...], gated.up.kernel[...])

@@ -171,3 +171,11 @@ def test_what_it_refuses():
     x, info = inputs()
     with pytest.raises(ValueError, match="cannot run as 'cudnn': it needs an NVIDIA GPU"):
         make(heads=4, implementation='cudnn')(x, info=info)
+
+
+def test_shared_keys_and_values_change_no_other_initial_value():
+    """Arms of a study that differ in `kv_heads` alone start equal in queries and output."""
+    full, grouped = make(heads=4, qk_norm=True), make(heads=4, kv_heads=2)
+    for name in ('query', 'out'):
+        a, b = (getattr(mixer, name).kernel[...] for mixer in (full, grouped))
+        np.testing.assert_array_equal(a, b)
