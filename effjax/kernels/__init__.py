@@ -16,6 +16,7 @@ from effjax.kernels.choice import choices, last_choice, target
 from effjax.kernels.cross_entropy import linear_cross_entropy
 from effjax.kernels.delta_rule import delta_rule
 from effjax.kernels.fft_conv import fft_conv
+from effjax.kernels.short_conv import short_conv
 
 __all__ = [
     'MaskSpec',
@@ -26,5 +27,6 @@ __all__ = [
     'last_choice',
     'linear_cross_entropy',
     'save_attention',
+    'short_conv',
     'target',
 ]
