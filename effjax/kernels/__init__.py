@@ -16,6 +16,7 @@ from effjax.kernels.choice import choices, last_choice, target
 from effjax.kernels.cross_entropy import linear_cross_entropy
 from effjax.kernels.delta_rule import delta_rule
 from effjax.kernels.fft_conv import fft_conv
+from effjax.kernels.linear_recurrence import linear_recurrence
 from effjax.kernels.short_conv import short_conv
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     'fft_conv',
     'last_choice',
     'linear_cross_entropy',
+    'linear_recurrence',
     'save_attention',
     'short_conv',
     'target',

@@ -1,0 +1,98 @@
+"""FLOPs of linear recurrences, by the recurrence and as 'xla' executes it; its chunk sizes.
+
+Plain Python: `effjax.costs` imports it without jax.
+"""
+
+CHUNK = 64  # tokens of a chunk unless the caller says otherwise
+LEAF = 16  # longest block whose pairs are formed one by one where each key dimension decays alone
+
+
+def model_flops(
+    batch: int,
+    length: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    decay: bool,
+    bonus: bool = False,
+) -> float:
+    """FLOPs of the recurrence: two multiply-adds an element of the state, and its decay.
+
+    The state is written with a key and a value and read with a query; a bonus costs the product
+    of query and key, and one multiply-add a value.
+    """
+    tokens = float(batch * length * heads)
+    flops = tokens * key_dim * value_dim * (5 if decay else 4)
+    return flops + (tokens * (3 * key_dim + 2 * value_dim) if bonus else 0)
+
+
+def chunk_size(length: int, chunk: int, *, vector: bool) -> int:
+    """Tokens of a chunk that 'xla' really uses; with vector decays, a leaf doubled some times."""
+    size = max(1, min(chunk, length))
+    if not vector:
+        return size
+    leaf = min(LEAF, size)
+    while leaf < size:
+        leaf *= 2
+    return leaf
+
+
+def leaf_size(size: int) -> int:
+    """Tokens of the blocks that halving a chunk of `chunk_size` ends in."""
+    while size > LEAF:
+        size //= 2
+    return size
+
+
+def executed_flops(
+    implementation: str,
+    batch: int,
+    length: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    decay: str = 'none',
+    bonus: bool = False,
+    groups: int | None = None,
+    chunk: int = CHUNK,
+) -> float:
+    """FLOPs of the forward pass that an implementation really executes, as the walk counts them.
+
+    Elementwise work (decays, masks, pairs inside the leaves of vector decays) is not counted, but
+    for the recurrence of the states and running sums of decays.
+
+    Args:
+      implementation: 'xla' or 'reference'.
+      batch: rows B.
+      length: tokens T.
+      heads: value heads H.
+      key_dim: K.
+      value_dim: V.
+      decay: 'none', 'scalar' ([B, T, H]) or 'vector' ([B, T, H, K]).
+      bonus: whether there is one.
+      groups: query and key heads; None means H. Vector decays and bonuses repeat them.
+      chunk: tokens of a chunk.
+    """
+    state = key_dim * value_dim
+    if implementation == 'reference':
+        return 4.0 * batch * length * heads * state
+    vector = decay == 'vector'
+    size = chunk_size(length, chunk, vector=vector)
+    count = batch * -(-length // size)
+    groups = heads if groups is None or vector or bonus else groups
+    flops = 4.0 * size * heads * state  # write and read
+    flops += 2.0 * heads * state  # keep the state from chunk to chunk
+    if vector:
+        leaf, half = leaf_size(size), size // 2
+        while half >= leaf:  # pairs of halves, then the leaves' values
+            flops += 2.0 * heads * (size // (2 * half)) * half * half * (key_dim + value_dim)
+            half //= 2
+        flops += 2.0 * heads * size * leaf * value_dim
+    else:
+        flops += 2.0 * size * size * (groups * key_dim + heads * value_dim)
+    if decay != 'none':
+        # Two running sums, for what is written and for what is read.
+        flops += 4.0 * size * heads * (key_dim if vector else 1)
+    return count * flops
