@@ -93,6 +93,8 @@ class Ratio:
       n: seeds behind it.
       bound: '' when measured; 'at most' or 'at least' when the crossing lies outside the budgets
         that were run, and `ratio` is then the nearest budget's.
+      low_open, high_open: whether that end of the interval is only where the budgets that were run
+        end: the interval goes on beyond it, nobody knows how far.
     """
 
     ratio: float
@@ -100,6 +102,15 @@ class Ratio:
     high: float
     n: int
     bound: str = ''
+    low_open: bool = False
+    high_open: bool = False
+
+    @property
+    def beyond(self) -> bool:
+        """Whether the whole interval lies where `bound` says, not the estimate alone."""
+        if self.bound == 'at most':
+            return self.high <= 1.001 * self.ratio
+        return self.bound == 'at least' and self.low >= 0.999 * self.ratio
 
 
 @dataclasses.dataclass(frozen=True)

@@ -308,7 +308,7 @@ def budget_ratio(
     which a paired t test of target_i against curve_i(r) does not reject, within [f, 1 / f] of the
     smallest fraction f. It leaves 1 out exactly where the t interval of the paired differences
     leaves 0 out, whatever the correlation between the arms and between one seed's budgets. An end
-    at f or 1 / f means 'there or beyond'.
+    beyond f or 1 / f is clipped to it and marked open.
 
     On simulated power laws (144 settings: savings 0, 12 and 30 %, exponents 0.05 to 1, noise 0.0013
     to 0.03 at a slope of 0.146, 2 to 10 seeds, budgets 60, 75, 90 and 100 %; 400 studies each) the
@@ -364,14 +364,17 @@ def _as_ratio(
     floor, ceiling = _stretch(np.array([least, 1 / least]), exponent)
     crossing = gaps.mean() / slopes.mean()
     low, high = _fieller(gaps, slopes)
-    bound = crossing < floor - 1e-12
+    below, above = crossing < floor - 1e-12, crossing > ceiling + 1e-12
+    low_open, high_open = bool(low < floor - 1e-12), bool(high > ceiling + 1e-12)
     ratio, low, high = (
         _shrink(float(np.clip(z, floor, ceiling)), exponent) for z in (crossing, low, high)
     )
     if mirrored:
         ratio, low, high = 1 / ratio, 1 / high, 1 / low
-    words = ('at least' if mirrored else 'at most') if bound else ''
-    return Ratio(ratio, min(low, ratio), max(high, ratio), gaps.size, words)
+        below, above, low_open, high_open = above, below, high_open, low_open
+    words = 'at most' if below else 'at least' if above else ''
+    ends = min(low, ratio), max(high, ratio)
+    return Ratio(ratio, *ends, gaps.size, words, low_open, high_open)
 
 
 def _fieller(tops: np.ndarray, bottoms: np.ndarray) -> tuple[float, float]:

@@ -353,26 +353,29 @@ def signed(number: float, places: int | None = None) -> str:
 
 def savings(ratio: Ratio) -> str:
     """Returns `1 - Cm/Cb` in percent; 'at least' where the crossing lies outside the budgets."""
-    return f'{_opposite(ratio)}{_percent(1 - ratio.ratio)} %'
+    return _bounded(ratio, f'{_percent(1 - ratio.ratio)} %')
 
 
 def savings_interval(ratio: Ratio) -> str:
     """Returns the 95 % bounds of the savings, '' where there are none."""
-    if ratio.bound or not (known(ratio.low) and known(ratio.high)):
+    if ratio.beyond or not (known(ratio.low) and known(ratio.high)):
         return ''
-    return f'{_percent(1 - ratio.high)} to {_percent(1 - ratio.low)} %'
+    down, up = _open_ends(ratio)
+    low, high = _percent(1 - ratio.high), _percent(1 - ratio.low)
+    return f'{low} %{down} to {high} %{up}' if down else f'{low} to {high} %{up}'
 
 
 def speedup(ratio: Ratio) -> str:
     """Returns `Cb/Cm`; 'at least' where the crossing lies outside the budgets."""
-    return f'{_opposite(ratio)}{_inverse(ratio.ratio)}'
+    return _bounded(ratio, _inverse(ratio.ratio))
 
 
 def speedup_interval(ratio: Ratio) -> str:
     """Returns the 95 % bounds of the speed-up, '' where there are none."""
-    if ratio.bound or not (known(ratio.low) and known(ratio.high)):
+    if ratio.beyond or not (known(ratio.low) and known(ratio.high)):
         return ''
-    return f'{_inverse(ratio.high)} to {_inverse(ratio.low)}'
+    down, up = _open_ends(ratio)
+    return f'{_inverse(ratio.high)}{down} to {_inverse(ratio.low)}{up}'
 
 
 def with_interval(number, bounds, ratio: Ratio | None) -> str:
@@ -391,9 +394,16 @@ def _both(ratio: Ratio | None) -> list[str]:
     ]
 
 
-def _opposite(ratio: Ratio) -> str:
+def _bounded(ratio: Ratio, amount: str) -> str:
     # A bound on what an arm needs is the opposite bound on what it saves.
-    return {'at most': 'at least ', 'at least': 'at most '}.get(ratio.bound, '')
+    if ratio.bound and not ratio.beyond:
+        return f'about {amount} or {"more" if ratio.bound == "at most" else "less"}'
+    return {'at most': 'at least ', 'at least': 'at most '}.get(ratio.bound, '') + amount
+
+
+def _open_ends(ratio: Ratio) -> tuple[str, str]:
+    """Returns what follows the lower and the upper end of a saving or speed-up."""
+    return (' or less' if ratio.high_open else ''), (' or more' if ratio.low_open else '')
 
 
 def _percent(share: float) -> str:

@@ -1,6 +1,6 @@
 """A finding in words: the sentence that every output of a study begins with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from effjax.study.records import Interval, Ratio
 from effjax.study.spec import AXES
@@ -74,23 +74,44 @@ def _finding(
 
 
 def savings(ratio: Ratio) -> str:
-    """Returns '12 % +- 4', with a plain interval where it is lopsided, or 'at least 40 %'."""
+    """Returns '12 % +- 4', its interval where it is lopsided or open, or 'at least 40 %'."""
     saved, low, high = 1 - ratio.ratio, 1 - ratio.high, 1 - ratio.low
-    if ratio.bound == 'at most' and ratio.high > 1.001 * ratio.ratio:
-        # The budgets end there, the interval does not: the seeds do not show that much.
-        return f'about {saved:.0%} or more (95 % interval from {low:.0%})'
+    ends = interval(low, high, ratio.high_open, ratio.low_open)
     if ratio.bound:
-        return f'{"at least" if ratio.bound == "at most" else "at most"} {saved:.0%}'
+        return bounded(f'{saved:.0%}', ratio, {'at most': 'at least', 'at least': 'at most'}, ends)
     up, down = high - saved, saved - low
-    if abs(up - down) <= 0.25 * max(up, down):
+    closed = not (ratio.low_open or ratio.high_open)
+    if closed and abs(up - down) <= 0.25 * max(up, down):
         return f'{saved:.1%} ± {100 * (up + down) / 2:.1f}'
-    return f'{saved:.1%} (95 % interval {low:.1%} to {high:.1%})'
+    return f'{saved:.1%} ({ends})'
+
+
+def bounded(amount: str, ratio: Ratio, bounds: Mapping[str, str], ends: str) -> str:
+    """Returns an amount whose crossing lies outside the budgets, as sure as the seeds make it.
+
+    Args:
+      amount: in words.
+      ratio: what it comes from; its `bound` is set.
+      bounds: the ratio's bound -> the amount's.
+      ends: the amount's interval in words.
+    """
+    bound = bounds[ratio.bound]
+    if ratio.beyond:
+        return f'{bound} {amount}'
+    # The budgets end there, the interval does not: the seeds do not show that much.
+    return f'about {amount} or {"more" if bound == "at least" else "less"} ({ends})'
+
+
+def interval(low: float, high: float, low_open: bool = False, high_open: bool = False) -> str:
+    """Returns '95 % interval 10.0% to 40.0% or more'; an open end goes on beyond its number."""
+    down, up = (' or less' if low_open else ''), (' or more' if high_open else '')
+    return f'95 % interval {low:.1%}{down} to {high:.1%}{up}'
 
 
 def speed(ratio: Ratio) -> str:
     """Returns '1.14x', with the words of a bound."""
     words = {'at most': 'at least ', 'at least': 'at most ', '': ''}[ratio.bound]
-    if ratio.bound == 'at most' and ratio.high > 1.001 * ratio.ratio:
+    if ratio.bound and not ratio.beyond:
         words = 'about '
     return f'{words}{1 / ratio.ratio:.2f}x'
 
@@ -98,10 +119,12 @@ def speed(ratio: Ratio) -> str:
 def _amount(ratio: Ratio, verdict: str, budget: str) -> str:
     if verdict == 'win':
         return f'saves {savings(ratio)} of the {budget}'
+    ends = interval(ratio.low - 1, ratio.high - 1, ratio.low_open, ratio.high_open)
     if ratio.bound:
-        return f'needs {ratio.bound} {ratio.ratio - 1:.0%} more {budget}'
-    low, high = ratio.low - 1, ratio.high - 1
-    return f'needs {ratio.ratio - 1:.1%} more {budget} (95 % interval {low:.1%} to {high:.1%})'
+        same = {'at most': 'at most', 'at least': 'at least'}
+        amount = bounded(f'{ratio.ratio - 1:.0%}', ratio, same, ends)
+        return f'needs {amount} more {budget}'
+    return f'needs {ratio.ratio - 1:.1%} more {budget} ({ends})'
 
 
 def _difference(difference: Interval) -> str:

@@ -229,7 +229,27 @@ def test_savings_and_speedup_are_two_readings_of_one_ratio():
     assert words.speed(Ratio(0.75, 0.70, 0.80, 3)) == '1.33x'
     assert words.savings(Ratio(0.6, 0.6, 0.6, 3, 'at most')) == 'at least 40%'
     assert words.speed(Ratio(0.6, 0.6, 0.6, 3, 'at most')) == 'at least 1.67x'
-    wide = Ratio(0.6, 0.6, 0.877, 3, 'at most')  # the budgets end at 0.6, the interval does not
-    assert words.savings(wide) == 'about 40% or more (95 % interval from 12%)'
-    assert words.speed(wide) == 'about 1.67x'
     assert 'interval 10.0% to 28.0%' in words.savings(Ratio(0.75, 0.72, 0.90, 3))
+
+
+def test_an_interval_that_the_budgets_cut_off_says_so():
+    wide = Ratio(0.6, 0.6, 0.877, 3, 'at most', low_open=True)
+    assert words.savings(wide) == 'about 40% or more (95 % interval 12.3% to 40.0% or more)'
+    assert words.speed(wide) == 'about 1.67x'
+    cut = Ratio(0.8, 0.6, 1.0, 3, low_open=True)  # even, but for where the budgets end
+    assert words.savings(cut) == '20.0% (95 % interval 0.0% to 40.0% or more)'
+    both = Ratio(0.8, 0.6, 1 / 0.6, 3, low_open=True, high_open=True)
+    assert words.savings(both) == '20.0% (95 % interval -66.7% or less to 40.0% or more)'
+
+
+def test_a_loss_that_the_budgets_cut_off_says_so():
+    def needs(*ratio, **ends):
+        return words._amount(Ratio(*ratio, **ends), 'loss', 'tokens')
+
+    assert needs(1.25, 1.1, 5 / 3, 3, high_open=True) == (
+        'needs 25.0% more tokens (95 % interval 10.0% to 66.7% or more)'
+    )
+    assert needs(5 / 3, 5 / 3, 5 / 3, 3, 'at least') == 'needs at least 67% more tokens'
+    assert needs(5 / 3, 1.2, 5 / 3, 3, 'at least', high_open=True) == (
+        'needs about 67% or more (95 % interval 20.0% to 66.7% or more) more tokens'
+    )

@@ -180,6 +180,16 @@ def test_the_front_keeps_what_no_run_beats():
         (Ratio(1.25, 1.2, 1.3, 3), '-25.0 % (-30.0 to -20.0 %)', '0.80x (0.77x to 0.83x)'),
         (Ratio(0.6, 0.6, 0.6, 3, 'at most'), 'at least 40.0 %', 'at least 1.67x'),
         (Ratio(1.0, 1.0, 1.0, 3, 'at least'), 'at most 0.0 %', 'at most 1.00x'),
+        (
+            Ratio(0.6, 0.6, 0.9, 3, 'at most', low_open=True),
+            'about 40.0 % or more (10.0 to 40.0 % or more)',
+            'about 1.67x or more (1.11x to 1.67x or more)',
+        ),
+        (
+            Ratio(1.25, 1.1, 1.6, 3, high_open=True),
+            '-25.0 % (-60.0 % or less to -10.0 %)',
+            '0.80x (0.62x or less to 0.91x)',
+        ),
         (Ratio(0.5, -0.1, 1.1, 2), '50.0 % (-10.0 to 110.0 %)', '2.00x (0.91x to no bound)'),
         (Ratio(0.5, math.nan, math.nan, 1), '50.0 %', '2.00x'),
         (None, 'cannot tell', 'cannot tell'),

@@ -391,6 +391,23 @@ class TestBudgetRatio:
         found = stats.budget_ratio(baseline, method)
         assert (found.ratio, found.bound) == (pytest.approx(1 / 0.6), 'at least')
 
+    def test_an_end_that_the_budgets_cut_off_is_open(self):
+        rng, seen = np.random.default_rng(6), set()
+        for saved in (0.0, 0.1, 0.35) * 20:
+            method, baseline = study(rng, saved, 3, 0.03)
+            found = stats.budget_ratio(method, baseline)
+            if found is None:
+                continue
+            assert found.low_open == (found.low < 0.6 + 1e-9)
+            assert found.high_open == (found.high > 1 / 0.6 - 1e-9)
+            seen.add((found.low_open, found.high_open))
+            swapped = stats.budget_ratio(baseline, method)
+            if swapped:
+                assert (swapped.low_open, swapped.high_open) == (found.high_open, found.low_open)
+        assert seen == {(False, False), (False, True), (True, False), (True, True)}
+        exact = stats.budget_ratio(*study(rng, 0.1, 3, 1e-9))
+        assert not exact.low_open and not exact.high_open
+
     def test_a_winner_needs_the_baseline_at_the_full_budget_only(self):
         method, baseline = study(np.random.default_rng(4), 0.1, 3)
         full = {1.0: baseline[1.0]}
