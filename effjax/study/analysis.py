@@ -64,7 +64,7 @@ def analyse(
       code: digest of the code version, or several joined by '+'.
       commands: what makes the study again.
       scale: the workload in words.
-      sources: arm -> costs of the source model that it reuses.
+      sources: arm, the baseline too -> costs of the source model that it reuses.
       notes: sentences on the study as a whole.
     """
     final = [c for c in cells if c.phase == 'final']
@@ -92,10 +92,7 @@ def analyse(
         seeds=list(study.seeds),
         baseline=study.baseline.name,
         arms=arms,
-        comparisons=[
-            _compare(study, arm, final, tunings, dict((sources or {}).get(arm.name, {})))
-            for arm in study.arms[1:]
-        ],
+        comparisons=[_compare(study, arm, final, tunings, sources or {}) for arm in study.arms[1:]],
         cells=list(cells),
         device=devices[0] if len(devices) == 1 else '',
         date=max((str(c.environment.get('finished', ''))[:10] for c in final), default=''),
@@ -120,7 +117,7 @@ def _compare(
     arm: Arm,
     final: Sequence[Cell],
     tunings: Mapping[str, Tuning | None],
-    source: Mapping[str, float | None],
+    sources: Mapping[str, Mapping[str, float | None]],
 ) -> Comparison:
     base, mine = _full(study.baseline.name, final), _full(arm.name, final)
     pairs = [[float(s), _value(base, s), _value(mine, s)] for s in study.seeds]
@@ -128,8 +125,6 @@ def _compare(
     interval = stats.paired_interval(differences) if len(differences) > 1 else None
     spent = {axis: _spent(base, mine, axis) for axis in COSTS}
     notes = _notes(study, arm, final, tunings)
-    if source:
-        notes.append('The first line leaves out what the reused model cost; see "source charged".')
     reason = _refusal(study, base, mine)
     # Seeds that diverged or failed are no missing data: leaving them out would flatter the rest.
     broken = any(c.status in ('failed', 'diverged') for c in (*base.values(), *mine.values()))
@@ -147,6 +142,8 @@ def _compare(
         notes.append(f'{interval.n} of {len(study.seeds)} seeds so far.')
     clocked = _clock_refusal(base, mine)
     ratios = _on_all_axes(study, ratio, spent, clocked)
+    source = _Sources.of(sources, study.baseline.name, arm.name)
+    charged = source.charged(ratios, base) if source else {}
     return Comparison(
         arm=arm.name,
         baseline=study.baseline.name,
@@ -163,12 +160,15 @@ def _compare(
             detectable=detectable,
             reason=reason,
             untuned=[n for n in (study.baseline.name, arm.name) if _untuned(study, tunings[n])],
+            reused=source is not None,
+            charged=charged.get(study.axis),
+            extra=source.extra(study.axis, base) if source else None,
         ),
         difference=interval,
         pairs=pairs,
         detectable=detectable,
         at_equal_quality=ratios,
-        source_charged=_charged(ratios, base, source),
+        source_charged=charged,
         spent=spent,
         notes=[*notes, *([f'No ratio of time or energy: {clocked}.'] if clocked else [])],
     )
@@ -226,27 +226,59 @@ def _on_all_axes(
     return out
 
 
-def _charged(
-    ratios: Mapping[str, Ratio | None],
-    base: Mapping[int, Cell],
-    source: Mapping[str, float | None],
-) -> dict[str, Ratio | None]:
-    """Returns the ratios with the source model's cost added; {} where none is reused."""
-    if not source:
-        return {}
-    out: dict[str, Ratio | None] = {}
-    for axis, ratio in ratios.items():
+@dataclasses.dataclass(frozen=True)
+class _Sources:
+    """What the source models of a comparison cost; `{}` for a side that reuses none.
+
+    Attributes:
+      base, mine: cost column -> amount, of the baseline's and of the arm's source.
+    """
+
+    base: Mapping[str, float | None]
+    mine: Mapping[str, float | None]
+
+    @classmethod
+    def of(
+        cls, sources: Mapping[str, Mapping[str, float | None]], baseline: str, arm: str
+    ) -> '_Sources | None':
+        """Returns the sources of two arms, None where neither has one."""
+        found = cls(sources.get(baseline, {}), sources.get(arm, {}))
+        return found if found.base or found.mine else None
+
+    def extra(self, axis: str, base: Mapping[int, Cell]) -> float | None:
+        """Returns what the arm's source cost more, over what a run of the baseline spent."""
+        shares = self._shares(axis, base)
+        return None if shares is None else shares[1] - shares[0]
+
+    def charged(
+        self, ratios: Mapping[str, Ratio | None], base: Mapping[int, Cell]
+    ) -> dict[str, Ratio | None]:
+        """Returns axis -> (Cm + the arm's source) / (Cb + the baseline's source).
+
+        Cb is what the baseline spent at the full budget.
+        """
+        out: dict[str, Ratio | None] = {}
+        for axis, ratio in ratios.items():
+            shares = self._shares(axis, base)
+            out[axis] = None
+            if ratio is not None and shares is not None:
+                whole, more = 1 + shares[0], shares[1]
+                out[axis] = dataclasses.replace(
+                    ratio,
+                    ratio=(ratio.ratio + more) / whole,
+                    low=(ratio.low + more) / whole,
+                    high=(ratio.high + more) / whole,
+                )
+        return out
+
+    def _shares(self, axis: str, base: Mapping[int, Cell]) -> tuple[float, float] | None:
+        """Returns both sources' costs over what a run of the baseline spent, None if not known."""
         costs = [c.costs.get(axis) for c in base.values() if c.status == 'done']
         known = [v for v in costs if v is not None]
-        extra = source.get(axis)
-        if ratio is None or extra is None or not known:
-            out[axis] = None
-            continue
-        more = extra / statistics.mean(known)
-        out[axis] = dataclasses.replace(
-            ratio, ratio=ratio.ratio + more, low=ratio.low + more, high=ratio.high + more
-        )
-    return out
+        own = [side.get(axis) if side else 0.0 for side in (self.base, self.mine)]
+        if not known or not statistics.mean(known) or own[0] is None or own[1] is None:
+            return None
+        return own[0] / statistics.mean(known), own[1] / statistics.mean(known)
 
 
 # ---- what a reader must know -------------------------------------------------------------------

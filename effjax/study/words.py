@@ -19,6 +19,9 @@ def sentence(
     detectable: float | None,
     reason: str = '',
     untuned: Sequence[str] = (),
+    reused: bool = False,
+    charged: Ratio | None = None,
+    extra: float | None = None,
 ) -> str:
     """Returns the finding on one arm.
 
@@ -33,11 +36,17 @@ def sentence(
       detectable: smallest difference that this many seeds find.
       reason: why it was refused or failed.
       untuned: arms whose tuning did not end inside its grid.
+      reused: whether one of the two reuses a source model, so that two numbers are due.
+      charged: `ratio` with the cost of source models added, None where it could not be told.
+      extra: what the arm's source cost more than the baseline's, over what a run of the baseline
+        spent; None where it is not known.
     """
     if verdict in ('refused', 'failed'):
         return f'no verdict on {arm}: {reason}'
     assert difference is not None
     text = _finding(arm, baseline, verdict, axis, metric, difference, ratio, margin, detectable)
+    if reused:
+        text += f' source free; {_with_sources(charged, extra, axis, metric)}'
     return text + (f' (untuned: {" and ".join(untuned)})' if untuned else '')
 
 
@@ -52,7 +61,7 @@ def _finding(
     margin: float,
     detectable: float | None,
 ) -> str:
-    budget, quality = AXES[axis][1], metric.partition('.')[2].replace('_', ' ')
+    budget, quality = AXES[axis][1], _quality(metric)
     gap = _difference(difference)
     if verdict == 'equivalent' and not (difference.mean or difference.sd):
         return f'{arm} gave exactly the same {quality} as {baseline} on every seed'
@@ -70,7 +79,7 @@ def _finding(
     if ratio is None:
         better = 'better' if verdict == 'win' else 'worse'
         return f'{arm} is {better} at equal {budget}: the {quality} differs by {gap}'
-    return f'{arm} {_amount(ratio, verdict, budget)} at equal {quality} ({speed(ratio)})'
+    return f'{arm} {_amount(ratio, budget)} at equal {quality} ({speed(ratio)})'
 
 
 def savings(ratio: Ratio) -> str:
@@ -116,8 +125,23 @@ def speed(ratio: Ratio) -> str:
     return f'{words}{1 / ratio.ratio:.2f}x'
 
 
-def _amount(ratio: Ratio, verdict: str, budget: str) -> str:
-    if verdict == 'win':
+def _with_sources(charged: Ratio | None, extra: float | None, axis: str, metric: str) -> str:
+    """Returns what is left of a finding when source models are paid for."""
+    budget = AXES[axis][1]
+    if charged is not None:
+        amount = f'{_amount(charged, budget)} at equal {_quality(metric)} ({speed(charged)})'
+        return f'with source models charged it {amount}'
+    if extra is None:
+        return f'what the source models cost in {budget} is not known'
+    return f'source models cost it a further {extra:.1%} of the {budget}'
+
+
+def _quality(metric: str) -> str:
+    return metric.partition('.')[2].replace('_', ' ')
+
+
+def _amount(ratio: Ratio, budget: str) -> str:
+    if ratio.ratio <= 1:
         return f'saves {savings(ratio)} of the {budget}'
     ends = interval(ratio.low - 1, ratio.high - 1, ratio.low_open, ratio.high_open)
     if ratio.bound:

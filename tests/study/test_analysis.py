@@ -183,6 +183,37 @@ def test_a_reused_source_is_charged_in_its_own_column():
     assert judge(study(), cells(study())).source_charged == {}
 
 
+def test_the_first_line_says_both_numbers_where_a_source_is_reused():
+    one = study(tune_key='')
+    found = judge(one, cells(one, gain=0.12), sources={'new': {'model_flops': 25.0}})
+    free, _, charged = found.sentence.partition(' source free; ')
+    assert free.startswith('new saves 1') and free.endswith('x)')
+    assert charged.startswith('with source models charged it needs 1')
+    assert 'more model FLOPs' in charged and charged.endswith('at equal loss (0.87x)')
+    cheap = judge(one, cells(one, gain=0.12), sources={'new': {'model_flops': 5.0}})
+    assert 'source free; with source models charged it saves ' in cheap.sentence
+    one = study(tune_key='', fractions=(1.0,))  # no ratio there
+    found = judge(one, cells(one, gain=0.12), sources={'new': {'model_flops': 25.0}})
+    assert found.sentence.endswith(
+        'source free; source models cost it a further 25.0% of the model FLOPs'
+    )
+    found = judge(one, cells(one, gain=0.12), sources={'new': {'tokens': 25.0}})
+    assert found.sentence.endswith(
+        'source free; what the source models cost in model FLOPs is not known'
+    )
+
+
+def test_a_source_of_the_baseline_is_charged_to_it():
+    source = {'model_flops': 25.0}
+    runs = cells(study(), gain=0.12)
+    found = judge(study(), runs, sources={'base': source})
+    free, charged = found.at_equal_quality['model_flops'], found.source_charged['model_flops']
+    assert charged.ratio == pytest.approx(free.ratio / 1.25)
+    assert 'with source models charged it saves 2' in found.sentence
+    found = judge(study(), runs, sources={'base': source, 'new': source})
+    assert found.source_charged['model_flops'].ratio == pytest.approx((free.ratio + 0.25) / 1.25)
+
+
 def test_a_cpu_says_so_once_and_several_arms_too():
     one = study(arms=(Arm('base'), Arm('new'), Arm('third')))
     notes = analysis.analyse(one, cells(one, env={**GPU, 'backend': 'cpu'}), code='').notes
@@ -244,7 +275,7 @@ def test_an_interval_that_the_budgets_cut_off_says_so():
 
 def test_a_loss_that_the_budgets_cut_off_says_so():
     def needs(*ratio, **ends):
-        return words._amount(Ratio(*ratio, **ends), 'loss', 'tokens')
+        return words._amount(Ratio(*ratio, **ends), 'tokens')
 
     assert needs(1.25, 1.1, 5 / 3, 3, high_open=True) == (
         'needs 25.0% more tokens (95 % interval 10.0% to 66.7% or more)'
