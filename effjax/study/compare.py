@@ -20,6 +20,8 @@ from effjax.training.files import write_json_atomic, write_text_atomic
 
 Say = Callable[[str], None]
 NOISE = pathlib.Path('experiments/noise_floor/results/noise.json')
+# Keys in which a baseline may differ from the one whose noise is stored; told, not silent.
+_LIKE_NOISE = ('model', 'optimizer', 'schedule')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,8 +306,11 @@ def _smallest(study: Study, probes: Sequence[Cell]) -> str:
             f'{n} seeds show differences of {study.metric} from {smallest:.2g} on (80 % power; '
             f'noise floor {stored["sd"]:.2g}, stored'
         )
-        if stored.get('slope'):
-            faster = stats.detectable_speedup(stored['sd'], stored['slope'], n)
+        if stored['differs']:
+            text += f' for a baseline that differs in {", ".join(stored["differs"])}'
+        slope, lower = stored.get('slope') or 0.0, study.lower_is_better
+        if (slope < 0) if lower else (slope > 0):
+            faster = stats.detectable_speedup(stored['sd'], slope, n, lower_is_better=lower)
             return f'{text}), which is a speed-up of {faster:.2f}x'
         return f'{text})'
     sd = analyses.noise(probes)
@@ -320,13 +325,22 @@ def _smallest(study: Study, probes: Sequence[Cell]) -> str:
 
 
 def _stored_noise(study: Study) -> dict[str, Any] | None:
-    """Returns the noise floor that was measured for this baseline, metric and budget."""
+    """Returns the noise floor that was measured for this config, metric and budget, or None.
+
+    Its `differs` are the keys of the model or its optimizer in which the baseline is another. That
+    of a baseline with other data, batches or evaluations is not this one's.
+    """
     try:
         entries = json.loads(NOISE.read_text())['workloads']
     except (OSError, ValueError, KeyError):
         return None
-    wanted = (study.config, study.metric, study.axis, float(study.budget))
+    base = study.baseline
+    wanted = (base.config or study.config, study.metric, study.axis, float(study.budget))
+    mine = {o for o in (*study.overrides, *base.overrides) if not o.startswith('data.path=')}
     for entry in entries:
-        if (entry['config'], entry['metric'], entry['axis'], float(entry['budget'])) == wanted:
-            return dict(entry)
+        if (entry['config'], entry['metric'], entry['axis'], float(entry['budget'])) != wanted:
+            continue
+        differs = sorted({o.partition('=')[0] for o in mine ^ set(entry.get('overrides', ()))})
+        if all(key.partition('.')[0] in _LIKE_NOISE for key in differs):
+            return {**entry, 'differs': differs}
     return None

@@ -159,7 +159,11 @@ def correlation(baseline: Sequence[float], arm: Sequence[float]) -> float | None
 
 
 def detectable_speedup(
-    sd_of_value: float, slope_per_log_budget: float, n: int, correlation: float = 0.0
+    sd_of_value: float,
+    slope_per_log_budget: float,
+    n: int,
+    correlation: float = 0.0,
+    lower_is_better: bool = True,
 ) -> float:
     """Returns the smallest speed-up Cb / Cm that n paired seeds find in 80 % of studies.
 
@@ -170,17 +174,20 @@ def detectable_speedup(
     Args:
       sd_of_value: standard deviation over seeds of one arm's metric.
       slope_per_log_budget: change of the metric per unit of natural log of the budget at the full
-        budget (`fit_curve(...).slope`); its sign does not matter.
+        budget (`fit_curve(...).slope`); below 0 for a loss, above 0 where higher is better.
       n: pairs, at least 2.
       correlation: between the two arms' metrics over seeds; 0 where pairing gains nothing.
+      lower_is_better: the metric's direction.
 
     Returns:
       The ratio, at least 1; inf where no budget would show it.
 
     Raises:
-      StudyError: for a slope of 0, a correlation outside [-1, 1], or as `minimum_detectable`.
+      StudyError: for a slope by which the metric does not get better, a correlation outside
+        [-1, 1], or as `minimum_detectable`.
     """
-    if slope_per_log_budget == 0 or not math.isfinite(slope_per_log_budget):
+    gain = -slope_per_log_budget if lower_is_better else slope_per_log_budget
+    if not (gain > 0 and math.isfinite(gain)):
         raise StudyError(
             f'slope_per_log_budget = {slope_per_log_budget} cannot turn a difference of the metric '
             'into a speed-up: choose a budget at which the metric still improves.'
@@ -189,7 +196,7 @@ def detectable_speedup(
         raise StudyError(f'correlation = {correlation} is none: give a number from -1 to 1.')
     smallest = minimum_detectable(sd_of_value * math.sqrt(2 * (1 - correlation)), n)
     try:
-        return math.exp(smallest / abs(slope_per_log_budget))
+        return math.exp(smallest / gain)
     except OverflowError:
         return math.inf
 
@@ -292,6 +299,14 @@ def fit_curve(
     return Curve(exponent, slope, error, max(freedom, 0), slopes)
 
 
+def improves(curve: Curve, lower_is_better: bool = True) -> bool:
+    """Returns whether a metric gets better with the budget, beyond its noise (95 % t test)."""
+    if not curve.freedom:
+        return False
+    gain = -curve.slope if lower_is_better else curve.slope
+    return gain > _t_quantile(0.95, curve.freedom) * curve.slope_error
+
+
 def budget_ratio(
     method: Mapping[float, Mapping[int, float]],
     baseline: Mapping[float, Mapping[int, float]],
@@ -348,7 +363,7 @@ def budget_ratio(
     gaps = np.array([sign * (target[i] - ahead[1.0][i]) for i in values])
     if not gaps.any():  # the same runs twice: no curve is needed to tell
         return Ratio(1.0, 1.0, 1.0, len(values))
-    if not _improves(curve):
+    if not improves(curve):
         return None
     slopes = np.array([curve.slopes[i] for i in values])
     if slopes.mean() >= 0:
@@ -420,13 +435,6 @@ def _common_line(
     spread = float(zs @ zs)
     slope = float(zs @ ys) / spread
     return slope, float(((ys - slope * zs) ** 2).sum()), spread
-
-
-def _improves(curve: Curve) -> bool:
-    """Whether a curve of 'lower is better' falls with the budget, beyond its noise."""
-    if not curve.freedom:
-        return False
-    return curve.slope + _t_quantile(0.95, curve.freedom) * curve.slope_error < 0
 
 
 def _detectable_shift(n: int, power: float, level: float) -> float:

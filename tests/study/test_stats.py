@@ -169,7 +169,8 @@ class TestDetectableSpeedup:
     def test_is_the_formula(self):
         expected = math.exp(stats.minimum_detectable(SIGMA * math.sqrt(2), 3) / -SLOPE)
         assert stats.detectable_speedup(SIGMA, SLOPE, 3) == pytest.approx(expected)
-        assert stats.detectable_speedup(SIGMA, -SLOPE, 3) == pytest.approx(expected)
+        found = stats.detectable_speedup(SIGMA, -SLOPE, 3, lower_is_better=False)
+        assert found == pytest.approx(expected)
         # The published workload: 15 seeds for 1 % (`test_published_seeds_of_a_language_model`).
         assert stats.detectable_speedup(SIGMA, SLOPE, 15) < math.exp(0.01)
         assert stats.detectable_speedup(SIGMA, SLOPE, 14) > math.exp(0.01)
@@ -182,13 +183,15 @@ class TestDetectableSpeedup:
         assert math.log(found[2]) == pytest.approx(-stats.minimum_detectable(SIGMA, 3) / SLOPE)
 
     def test_no_budget_would_show_it(self):
-        assert stats.detectable_speedup(1.0, 1e-6, 3) == math.inf
+        assert stats.detectable_speedup(1.0, -1e-6, 3) == math.inf
 
     def test_messages(self):
         with pytest.raises(StudyError, match=r'choose a budget at which the metric still improves'):
             stats.detectable_speedup(1.0, 0.0, 3)
+        with pytest.raises(StudyError, match=r'slope_per_log_budget = 0.1 cannot turn'):
+            stats.detectable_speedup(1.0, 0.1, 3)  # a loss that rises with the budget
         with pytest.raises(StudyError, match=r'correlation = 1.5 is none'):
-            stats.detectable_speedup(1.0, 1.0, 3, 1.5)
+            stats.detectable_speedup(1.0, -1.0, 3, 1.5)
 
 
 def test_correlation():
