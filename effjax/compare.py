@@ -180,8 +180,6 @@ def _changed(study: 'Study', args: argparse.Namespace) -> 'Study':
     """Returns a study with what the command line says."""
     import dataclasses
 
-    from effjax.study import spec
-
     given: dict[str, Any] = {
         'metric': args.metric,
         'margin': args.margin,
@@ -193,7 +191,12 @@ def _changed(study: 'Study', args: argparse.Namespace) -> 'Study':
     }
     changes = {k: v for k, v in given.items() if v is not None}
     if args.metric:
-        changes['lower_is_better'] = spec.lower_is_better(args.metric)
+        changes['lower_is_better'] = None  # as the metric's name tells
+        if args.metric != study.metric and study.margin and args.margin is None:
+            raise StudyError(
+                f'the margin of {study.name}, {study.margin:g}, was set for {study.metric}, and '
+                f'--metric={args.metric} has another scale; give its --margin too.'
+            )
     if args.batched:
         changes['batched'] = {'auto': None, 'yes': True, 'no': False}[args.batched]
     return dataclasses.replace(study, **changes)

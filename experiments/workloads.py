@@ -29,7 +29,6 @@ class Workload:
       config: the baseline's config file, with its variant.
       overrides: 'a.b=c' that make the config the workload.
       metric: 'EVALUATION.METRIC' at the end of a run.
-      lower_is_better: the metric's direction.
       axis: what the budget counts.
       budget: how much of it a full run gets.
       steps: what the baseline makes of the full budget.
@@ -49,7 +48,6 @@ class Workload:
     scale: str
     overrides: tuple[str, ...] = ()
     metric: str = 'valid.loss'
-    lower_is_better: bool = True
     axis: str = 'model_flops'
     tune_key: str = 'schedule.peak'
     note: str = ''
@@ -80,7 +78,6 @@ class Workload:
             'axis': self.axis,
             'budget': self.budget,
             'metric': self.metric,
-            'lower_is_better': self.lower_is_better,
             'margin': self.margin,
             'tune_key': self.tune_key,
             'grid': self.grid,

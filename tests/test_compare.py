@@ -14,6 +14,7 @@ import pytest
 
 from effjax import compare
 from effjax.core.command import run_command
+from effjax.core.errors import StudyError
 from effjax.study import plan, preflight, store
 from effjax.study.records import Analysis, analysis_from_json
 
@@ -138,6 +139,7 @@ def test_a_study_that_makes_no_sense_is_refused(refused, flags, more, message):
         (['--change', 'model.layers=9', '--budget=1.7e8flops'], ["arm 'layers-9' cannot reach"]),
         (['--change', 'schedule.kind=constant'], ['kind-constant', 'ends at 100% of its peak']),
         (['--metric=valid.los'], ["no metric 'los'", 'perplexity', "Did you mean 'loss'?"]),
+        (['--metric=valid.tokens'], ["less or more of 'valid.tokens' is better is not known"]),
         (['--budget=20ref_s'], ['reference time needs config.reference', 'effjax.calibrate']),
         (['--budget=20J'], ['joules needs a meter', 'count flops']),
         (['--batched=yes', '--budget=20s'], ['batched runs share the clock', '--batched=no']),
@@ -254,9 +256,9 @@ def test_keys_of_the_config_reach_every_arm(flags):
 
 
 def test_a_metric_brings_its_direction_and_its_evaluation(flags):
-    assert study_of(flags()).lower_is_better
+    assert study_of(flags()).minimised
     study = study_of(flags('--metric=test.accuracy'))
-    assert not study.lower_is_better
+    assert not study.minimised
     assert plan.arm_config(study, study.baseline)['evals']['test']['batches'] == 32
 
 
@@ -278,6 +280,24 @@ def test_a_study_file_takes_flags(tmp_path, baseline):
     study = compare._from_file(args, overrides)
     assert (study.axis, study.budget, study.seeds) == ('steps', 50.0, (4, 5))
     assert study.overrides == ('model.width=8',)
+
+
+def test_another_metric_needs_a_margin_of_its_own(tmp_path, baseline):
+    (tmp_path / 'study.py').write_text(
+        'from effjax.study.spec import Arm, Study\n\n'
+        'def get_study():\n'
+        f'    return Study("mine", {baseline!r}, (Arm("a"), Arm("b")), budget=1e9, tune_key="",\n'
+        '                 margin=0.005)\n'
+    )
+
+    def study(*flags):
+        return compare._from_file(*compare._parse([f'--study={tmp_path}', *flags]))
+
+    with pytest.raises(StudyError, match=r'0.005, was set for valid.loss.* give its --margin too'):
+        study('--metric=valid.accuracy')
+    found = study('--metric=valid.accuracy', '--margin=0.01')
+    assert (found.margin, found.minimised) == (0.01, False)
+    assert study('--metric=valid.loss').margin == 0.005
 
 
 # ---- real runs ---------------------------------------------------------------------------------

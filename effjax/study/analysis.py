@@ -36,7 +36,7 @@ def tune(study: Study, arm: Arm, cells: Sequence[Cell]) -> Tuning | None:
     ended = [(v, g) for v, g in zip(values, grid, strict=True) if v is not None]
     if not ended:
         return None
-    chosen = (min if study.lower_is_better else max)(ended)[1]
+    chosen = (min if study.minimised else max)(ended)[1]
     return Tuning(
         key=study.tune_key,
         grid=list(grid),
@@ -84,7 +84,7 @@ def analyse(
         name=study.name,
         question=study.question,
         metric=study.metric,
-        lower_is_better=study.lower_is_better,
+        lower_is_better=study.minimised,
         margin=study.margin,
         axis=study.axis,
         budget=study.budget,
@@ -135,7 +135,7 @@ def _compare(
     elif reason:
         verdict = 'refused'
     else:
-        verdict = stats.verdict(interval, study.margin, study.lower_is_better)
+        verdict = stats.verdict(interval, study.margin, study.minimised)
         ratio = _ratio(study, arm, final)
         detectable = stats.minimum_detectable(interval.sd, interval.n) if interval.sd else None
     if interval is not None and interval.n < len(study.seeds) and not broken:
@@ -194,7 +194,7 @@ def _ratio(study: Study, arm: Arm, final: Sequence[Cell]) -> Ratio | None:
     found = curves(arm.name), curves(study.baseline.name)
     if len(study.fractions) < 2 or not all(1.0 in side for side in found):
         return None
-    return stats.budget_ratio(*found, lower_is_better=study.lower_is_better)
+    return stats.budget_ratio(*found, lower_is_better=study.minimised)
 
 
 def _spent(base: Mapping[int, Cell], mine: Mapping[int, Cell], axis: str) -> float | None:

@@ -308,7 +308,7 @@ def _smallest(study: Study, probes: Sequence[Cell]) -> str:
         )
         if stored['differs']:
             text += f' for a baseline that differs in {", ".join(stored["differs"])}'
-        slope, lower = stored.get('slope') or 0.0, study.lower_is_better
+        slope, lower = stored.get('slope') or 0.0, study.minimised
         if (slope < 0) if lower else (slope > 0):
             faster = stats.detectable_speedup(stored['sd'], slope, n, lower_is_better=lower)
             return f'{text}), which is a speed-up of {faster:.2f}x'

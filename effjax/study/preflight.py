@@ -18,7 +18,7 @@ from effjax.core.registry import suggest
 from effjax.costs import EnergyMeter
 from effjax.costs.reference import reference_seconds
 from effjax.study import plan
-from effjax.study.spec import AXES, Arm, Study
+from effjax.study.spec import AXES, Arm, Study, direction
 from effjax.training import schedules, setup
 from effjax.training.batched import VARYING
 from effjax.training.runtime import Runtime
@@ -159,6 +159,11 @@ def _check_metric(study: Study, runtime: Runtime, evaluation: Any) -> None:
         raise StudyError(
             f'evaluation {evaluation.name!r} has no metric {key!r}; it gives {", ".join(known)}.'
             + suggest(key, known)
+        )
+    if study.lower_is_better is None and direction(study.metric) is None:
+        raise StudyError(
+            f'whether less or more of {study.metric!r} is better is not known; say '
+            'lower_is_better=True or False in the study file.'
         )
 
 

@@ -27,7 +27,8 @@ AXES = {
     'seconds': ('s', 'training time'),
     'joules': ('J', 'energy'),
 }
-HIGHER_IS_BETTER = ('accuracy',)  # of the tasks' metrics; of all others less is better
+# The tasks' metrics by their last word: whether less of it is better.
+_LOWER_IS_BETTER = {'loss': True, 'perplexity': True, 'bits_per_byte': True, 'accuracy': False}
 FRACTIONS = (0.6, 0.75, 0.9, 1.0)  # of the budget; each run decays its own schedule to zero
 # What a study sets in every run's config, and what says it instead.
 _OWN = {
@@ -76,7 +77,7 @@ class Study:
       seeds: one run of each arm for each; equal seeds share data order, evaluation batches and,
         where shapes match, initial values.
       metric: 'EVALUATION.METRIC', such as 'valid.loss', at the end of the run.
-      lower_is_better: the metric's direction.
+      lower_is_better: the metric's direction; None takes what its name tells (`direction`).
       margin: differences within plus or minus this do not matter; fixed before the runs. 0 means
         that no difference is too small, and then nothing is ever called equivalent.
       fractions: shares of the budget at which every arm is run, each with its own schedule
@@ -100,7 +101,7 @@ class Study:
     budget: float = 0.0
     seeds: tuple[int, ...] = (0, 1, 2)
     metric: str = 'valid.loss'
-    lower_is_better: bool = True
+    lower_is_better: bool | None = None
     margin: float = 0.0
     fractions: tuple[float, ...] = FRACTIONS
     tune_key: str = 'schedule.peak'
@@ -116,6 +117,12 @@ class Study:
     def baseline(self) -> Arm:
         """The arm that the others are compared with."""
         return self.arms[0]
+
+    @property
+    def minimised(self) -> bool:
+        """Whether less of the metric is better."""
+        told = direction(self.metric) if self.lower_is_better is None else self.lower_is_better
+        return told is not False
 
     def arm(self, name: str) -> Arm:
         """Returns an arm by name."""
@@ -153,6 +160,7 @@ def check(study: Study) -> None:
         raise StudyError(
             f"the metric must be EVALUATION.METRIC, such as 'valid.loss', got {study.metric!r}."
         )
+    _check_direction(study)
     _check_fractions(study)
     if study.tune_key:
         _check_grids(study)
@@ -202,9 +210,10 @@ def arm_name(overrides: Sequence[str]) -> str:
     return re.sub(r'[^A-Za-z0-9_.+-]+', '_', '+'.join(words)).strip('_.+-')[:60] or 'changed'
 
 
-def lower_is_better(metric: str) -> bool:
-    """Returns the direction of 'EVALUATION.METRIC'."""
-    return metric.partition('.')[2] not in HIGHER_IS_BETTER
+def direction(metric: str) -> bool | None:
+    """Returns whether less of 'EVALUATION.METRIC' is better, None where its name does not tell."""
+    key = metric.partition('.')[2]
+    return next((v for k, v in _LOWER_IS_BETTER.items() if f'_{key}'.endswith(f'_{k}')), None)
 
 
 def parse_budget(text: str) -> tuple[str, float]:
@@ -258,6 +267,16 @@ def _check_overrides(study: Study) -> None:
                     f'{who} sets config.{key}, which a study sets for each of its runs; give '
                     f'{_OWN[key]} instead.'
                 )
+
+
+def _check_direction(study: Study) -> None:
+    told, given = direction(study.metric), study.lower_is_better
+    if told is not None and given is not None and told != given:
+        better = 'less' if told else 'more'
+        raise StudyError(
+            f'the study says lower_is_better={given}, but of {study.metric!r} {better} is better; '
+            'leave lower_is_better out.'
+        )
 
 
 def _check_fractions(study: Study) -> None:

@@ -129,7 +129,7 @@ def floor(workload: Workload, cells: Sequence[Cell], code: str) -> dict[str, Any
         str(n): {
             'difference': stats.minimum_detectable(math.sqrt(2) * sd, n),
             'speedup': stats.detectable_speedup(
-                sd, slope, n, lower_is_better=workload.lower_is_better
+                sd, slope, n, lower_is_better=spec.direction(workload.metric) is not False
             )
             if slope is not None
             else None,
@@ -170,7 +170,9 @@ def _slope(workload: Workload, done: Sequence[Cell], seeds: Sequence[int]) -> fl
         return None
     value = {(c.seed, c.fraction): c.value for c in done}
     curve = stats.fit_curve(shares, {s: [value.get((s, f)) for f in shares] for s in seeds})
-    return curve.slope if stats.improves(curve, workload.lower_is_better) else None
+    return (
+        curve.slope if stats.improves(curve, spec.direction(workload.metric) is not False) else None
+    )
 
 
 def keep(entry: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def test_a_metric_that_gets_worse_with_budget_has_no_speed_up():
     entry = noise.floor(LM_TINY, cells(slope=0.3), 'c')
     assert entry['slope'] is None
     assert entry['finds']['3']['speedup'] is None
-    higher = dataclasses.replace(LM_TINY, metric='valid.accuracy', lower_is_better=False)
+    higher = dataclasses.replace(LM_TINY, metric='valid.accuracy')
     assert noise.floor(higher, cells(slope=0.3), 'c')['slope'] > 0
 
 

@@ -32,6 +32,11 @@ def study(**changes):
         ({'seeds': (1, 1)}, 'seeds must differ'),
         ({'margin': -1.0}, 'the margin must be a number from 0 on'),
         ({'metric': 'loss'}, "such as 'valid.loss'"),
+        (
+            {'metric': 'valid.accuracy', 'lower_is_better': True},
+            "says lower_is_better=True, but of 'valid.accuracy' more is better; leave",
+        ),
+        ({'lower_is_better': False}, "of 'valid.loss' less is better"),
         ({'fractions': (0.5,)}, 'fractions must rise to 1'),
         ({'fractions': (0.9, 0.5, 1.0)}, 'fractions must rise to 1'),
         ({'tune_fraction': 0.0}, 'tune_fraction must be in'),
@@ -44,6 +49,19 @@ def test_a_wrong_study_is_refused_in_one_sentence(changes, words_said):
     with pytest.raises(StudyError, match=words_said) as found:
         spec.check(study(**changes))
     assert '\n' not in str(found.value)
+
+
+def test_the_metric_tells_its_direction():
+    assert study(metric='valid.loss').minimised
+    assert study(metric='valid.bits_per_byte').minimised
+    for metric in ('test.accuracy', 'valid.label_accuracy'):
+        more = study(metric=metric)
+        spec.check(more)
+        assert not more.minimised
+        assert not dataclasses.replace(study(), metric=metric).minimised
+    own = study(metric='valid.score', lower_is_better=False)
+    spec.check(own)
+    assert not own.minimised
 
 
 def test_a_study_without_tuning_needs_no_grid():
