@@ -15,8 +15,10 @@ from effjax.kernels.attention import MaskSpec, attention, save_attention
 from effjax.kernels.choice import choices, last_choice, target
 from effjax.kernels.cross_entropy import linear_cross_entropy
 from effjax.kernels.delta_rule import delta_rule
+from effjax.kernels.diagonal_scan import diagonal_scan
 from effjax.kernels.fft_conv import fft_conv
 from effjax.kernels.linear_recurrence import linear_recurrence
+from effjax.kernels.selective_scan import selective_scan
 from effjax.kernels.short_conv import short_conv
 
 __all__ = [
@@ -24,11 +26,13 @@ __all__ = [
     'attention',
     'choices',
     'delta_rule',
+    'diagonal_scan',
     'fft_conv',
     'last_choice',
     'linear_cross_entropy',
     'linear_recurrence',
     'save_attention',
+    'selective_scan',
     'short_conv',
     'target',
 ]

@@ -1,0 +1,39 @@
+"""FLOPs of the diagonal recurrence, by itself and as its implementations execute it.
+
+Plain Python: `effjax.costs` imports it without jax.
+"""
+
+CHUNK = 64  # tokens of a chunk unless the caller says otherwise
+
+
+def model_flops(batch: int, length: int, channels: int, *, is_complex: bool = False) -> float:
+    """FLOPs of the recurrence: a multiply-add a channel and token, 2, or 8 for complex numbers."""
+    return float(batch * length * channels * (8 if is_complex else 2))
+
+
+def executed_flops(
+    implementation: str,
+    batch: int,
+    length: int,
+    channels: int,
+    *,
+    is_complex: bool = False,
+    chunk: int = CHUNK,
+) -> float:
+    """FLOPs of the forward pass that an implementation really executes.
+
+    Where there is more than one chunk, 'xla' goes twice over the tokens, the first time also
+    multiplying the decays of each chunk, and once over the chunks.
+    """
+    product, multiply_add = (6, 8) if is_complex else (1, 2)
+    if implementation == 'reference':
+        return float(batch * length * channels * multiply_add)
+    return float(batch * channels * _per_channel(length, chunk, product, multiply_add))
+
+
+def _per_channel(length: int, chunk: int, product: int, multiply_add: int) -> int:
+    if length <= chunk or chunk == 1:
+        return length * multiply_add
+    chunks = -(-length // chunk)
+    across = _per_channel(chunks, chunk, product, multiply_add)
+    return chunks * chunk * (product + 2 * multiply_add) + across

@@ -1,0 +1,49 @@
+"""FLOPs of the selective scan, by its recurrence and as its implementations execute it.
+
+Plain Python: `effjax.costs` imports it without jax.
+"""
+
+from effjax.kernels.diagonal_scan import cost as diagonal
+
+CHUNK = 64  # tokens whose states exist at a time, unless the caller says otherwise
+
+
+def model_flops(batch: int, length: int, channels: int, states: int) -> float:
+    """FLOPs of the recurrence: each state decays, is written and is read, 5 a token.
+
+    The exponential, the products of step and input, and the skip are elementwise work, which does
+    not count.
+    """
+    return 5.0 * batch * length * channels * states
+
+
+def sizes(length: int, chunk: int) -> tuple[int, int]:
+    """Returns (tokens of a chunk, tokens gone through in turn in it, about its square root)."""
+    size = max(1, min(chunk, length))
+    inner = 1
+    while inner * inner < size:
+        inner += 1
+    return size, max(inner, 2)
+
+
+def executed_flops(
+    implementation: str,
+    batch: int,
+    length: int,
+    channels: int,
+    states: int,
+    *,
+    chunk: int = CHUNK,
+) -> float:
+    """FLOPs of the forward pass that count as hardware FLOPs.
+
+    The recurrence and its read-out; of 'xla' also what a chunk computes for them, the decays
+    (a product and an exponential) and the writes, since a chunk is one body with its state.
+    """
+    elements = batch * channels * states
+    if implementation == 'reference':
+        return 4.0 * elements * length
+    size, inner = sizes(length, chunk)
+    scanned = diagonal.executed_flops('xla', 1, size, 1, chunk=inner)
+    per_chunk = elements * (scanned + 5.0 * size) + batch * channels * size
+    return -(-length // size) * per_chunk
