@@ -19,6 +19,9 @@ _CLOCKED = ('seconds', 'joules')
 def tune(study: Study, arm: Arm, cells: Sequence[Cell]) -> Tuning | None:
     """Returns the winner of an arm's grid, None where no value ended well or nothing is tuned.
 
+    Of equally good values the smallest wins. A neighbour that diverged shows that the winner lies
+    inside the grid; one that failed or has not run shows nothing, and leaves the arm untuned.
+
     Args:
       study: the study.
       arm: whose grid.
@@ -28,22 +31,39 @@ def tune(study: Study, arm: Arm, cells: Sequence[Cell]) -> Tuning | None:
     if not grid:
         return None
     mine = [c for c in cells if c.arm == arm.name and c.phase == 'tune']
+    tried = [[c for c in mine if c.settings.get(study.tune_key) == value] for value in grid]
     values: list[float | None] = []
-    for value in grid:
-        found = [c.value for c in mine if c.settings.get(study.tune_key) == value]
-        whole = [v for v in found if v is not None]
-        values.append(statistics.mean(whole) if whole and len(whole) == len(found) else None)
-    ended = [(v, g) for v, g in zip(values, grid, strict=True) if v is not None]
+    for runs in tried:
+        whole = [c.value for c in runs if c.value is not None]
+        values.append(statistics.mean(whole) if whole and len(whole) == len(runs) else None)
+    ended = {i: v for i, v in enumerate(values) if v is not None}
     if not ended:
         return None
-    chosen = (min if study.minimised else max)(ended)[1]
+    best = (min if study.minimised else max)(ended, key=lambda i: ended[i])  # the first of equals
+    edge = best in (0, len(grid) - 1)
+    reason = (
+        f'its best {study.tune_key}, {grid[best]:g}, is at the edge of its grid' if edge else ''
+    )
+    for i in (best - 1, best + 1):
+        if not reason and values[i] is None:
+            reason = _no_evidence(study.tune_key, grid[best], grid[i], tried[i])
     return Tuning(
         key=study.tune_key,
         grid=list(grid),
         values=values,
-        chosen=chosen,
-        edge=chosen in (grid[0], grid[-1]),
+        chosen=grid[best],
+        edge=edge,
+        reason=reason,
     )
+
+
+def _no_evidence(key: str, best: float, beside: float, runs: Sequence[Cell]) -> str:
+    """Returns why a value beside the winner does not bound it, '' where it diverged."""
+    if any(c.status == 'diverged' for c in runs):
+        return ''
+    failed = next((c for c in runs if c.status == 'failed'), None)
+    told = f'failed: {failed.error.rstrip(".")}' if failed else 'has not been run'
+    return f'its best {key}, {best:g}, lies beside {beside:g}, which {told}'
 
 
 def analyse(
@@ -331,11 +351,8 @@ def _notes(
             continue
         if tuning is None:
             out.append(f'{name} is untuned: no value of its grid ended well.')
-        elif tuning.edge:
-            out.append(
-                f'{name} is untuned: its best {tuning.key}, {tuning.chosen:g}, is at the edge of '
-                'its grid.'
-            )
+        elif tuning.untuned:
+            out.append(f'{name} is untuned: {tuning.reason}.')
     out += [
         f'{a.name} sets {study.tune_key} itself, which tuning sets for every arm alike.'
         for a in (study.baseline, arm)
@@ -370,7 +387,7 @@ def _sets(override: str, key: str) -> bool:
 
 
 def _untuned(study: Study, tuning: Tuning | None) -> bool:
-    return bool(study.tune_key) and (tuning is None or tuning.edge)
+    return bool(study.tune_key) and (tuning is None or tuning.untuned)
 
 
 def _general(study: Study, final: Sequence[Cell]) -> list[str]:

@@ -63,7 +63,8 @@ class Tuning:
       grid: values tried, ascending.
       values: the metric at each (mean over tuning seeds), None where a run did not end well.
       chosen: the winner.
-      edge: whether the winner is the first or last of the grid: the arm is then 'untuned'.
+      edge: whether the winner is the first or last of the grid.
+      reason: why the arm is untuned, in words; '' where it is tuned.
     """
 
     key: str
@@ -71,6 +72,12 @@ class Tuning:
     values: list[float | None]
     chosen: float
     edge: bool
+    reason: str = ''
+
+    @property
+    def untuned(self) -> bool:
+        """Whether nothing shows that the best value lies inside the grid."""
+        return self.edge or bool(self.reason)
 
 
 @dataclasses.dataclass(frozen=True)

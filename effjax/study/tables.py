@@ -133,7 +133,9 @@ def tuning(study: Analysis) -> Table:
             f'{x:g}: {"did not end well" if y is None else value(y)}'
             for x, y in zip(tuned.grid, tuned.values, strict=True)
         )
-        state = 'untuned: the winner is at the edge of its grid' if tuned.edge else 'tuned'
+        state = f'untuned: {tuned.reason}' if tuned.reason else 'tuned'
+        if tuned.edge:
+            state = 'untuned: the winner is at the edge of its grid'
         rows.append([arm, tuned.key, tried, f'{tuned.chosen:g}', state])
     return Table(['arm', 'key', f'tried: {study.metric}', 'chosen', 'result'], rows, False)
 

@@ -239,6 +239,42 @@ def test_tuning_takes_the_best_and_marks_an_edge():
     assert tuned([None, None, None]) is None
 
 
+def test_ties_go_to_the_smaller_value():
+    assert tuned([3.0, 1.0, 1.0], grid=(1.0, 2.0, 4.0)).chosen == 2.0
+    assert tuned([0.0, 1.0, 1.0], lower_is_better=False).chosen == 2.0
+
+
+def test_a_failed_neighbour_shows_nothing_and_a_diverged_one_does():
+    one = study(grid=(1.0, 2.0, 4.0, 8.0))
+
+    def tuning(values, *states, key='schedule.peak'):
+        runs = [
+            cell('base', 9, 0.25, v, state, 'tune', {key: g})
+            for g, v, state in zip(one.grid, values, states, strict=True)
+        ]
+        return analysis.tune(one, one.baseline, runs)
+
+    well = ('done',) * 4
+    assert not tuning((3.0, 1.0, 2.0, 3.0), *well).untuned
+    assert not tuning((3.0, 1.0, 2.0, 3.0), 'done', 'done', 'diverged', 'diverged').untuned
+    failed = tuning((3.0, 1.0, 2.0, 3.0), 'done', 'done', 'failed', 'done')
+    assert (failed.chosen, failed.edge, failed.untuned) == (2.0, False, True)
+    assert failed.reason == 'its best schedule.peak, 2, lies beside 4, which failed: it broke'
+    missing = tuning((3.0, 1.0, 2.0, 3.0), 'missing', 'done', 'done', 'done')
+    assert missing.reason.endswith('lies beside 1, which has not been run')
+    assert not tuning((3.0, 1.0, 2.0, 3.0), 'done', 'done', 'done', 'failed').untuned
+    runs = [
+        cell(a, 9, 0.25, v, state, 'tune', {'schedule.peak': g})
+        for a in ('base', 'new')
+        for g, v, state in zip((1.0, 2.0, 4.0), (3.0, 1.0, 2.0), ('failed', *well[:2]), strict=True)
+    ]
+    told = judge(study(), [*cells(study()), *runs])
+    assert told.sentence.endswith('(untuned: base and new)')
+    assert 'new is untuned: its best schedule.peak, 2, lies beside 1, which failed: it broke.' in (
+        told.notes
+    )
+
+
 def test_an_untuned_arm_is_noted():
     runs = cells(study()) + [
         cell(a, 9, 0.25, v, 'done', 'tune', {'schedule.peak': g})
