@@ -16,6 +16,13 @@ An image source (`modality == 'image'`) is indexed:
     arrays(split) -> (images, labels), everything at once
     describe() -> dict
 
+A source of synthetic rows (`modality == 'rows'`) is indexed too:
+
+    splits, seq_len T, queries Q (labelled positions in a row), vocab_size
+    examples(split) -> Examples: `len`, and
+        `[indices] -> dict(tokens=int32 [N, T], at=int32 [N, Q], labels=int32 [N, Q])`
+    describe() -> dict
+
 `build(config)` turns `config.data` into a `Dataset`, and `Loader` feeds training from it.
 Importing this package imports neither tensorflow-datasets, grain, tokenizers nor pyarrow.
 """
@@ -27,13 +34,17 @@ from effjax.data.documents import Document
 
 SOURCES = {
     'digits': 'effjax.data.sources.digits:Digits',
+    'induction': 'effjax.data.sources.induction:Induction',
     'idx': 'effjax.data.sources.idx:Idx',
     'images': 'effjax.data.sources.folder:ImageFolder',
     'jsonl': 'effjax.data.sources.jsonl:Jsonl',
+    'listops': 'effjax.data.sources.listops:ListOps',
     'mixture': 'effjax.data.mixture:Mixture',
+    'mqar': 'effjax.data.sources.mqar:Mqar',
     'none': 'effjax.data.sources.none:no_data',
     'parquet': 'effjax.data.sources.parquet:Parquet',
     'prepared': 'effjax.data.shards:PreparedSource',
+    'selective_copy': 'effjax.data.sources.selective_copy:SelectiveCopy',
     'stdlib': 'effjax.data.sources.stdlib:Stdlib',
     'text': 'effjax.data.sources.text:TextFiles',
     'tfds': 'effjax.data.sources.tfds:open_tfds',

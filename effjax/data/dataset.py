@@ -22,7 +22,7 @@ from effjax.data import SOURCES, cache, packing, sampler, shards, tokenizer_copy
 from effjax.data.documents import Document
 from effjax.data.mixture import Mixture
 from effjax.data.packing import Batch, Rows
-from effjax.data.sampler import ImageSampler, Sampler, TextPart, TextSampler
+from effjax.data.sampler import ExampleSampler, Sampler, TextPart, TextSampler
 from effjax.data.tokenizer_copy import KeptTokenizer
 
 # Keys of a dataset, not of its source, with their defaults. `cache` is a folder, '' the user's
@@ -37,17 +37,18 @@ class DataInfo:
     """What a model and a task need to know of the data.
 
     Attributes:
-      kind: 'text' or 'image'.
+      kind: 'text', 'image' or 'rows' (synthetic tokens with a few labels).
       digest: names the content (and the tokenizer).
       description: what the source says of itself, and of text: splits with documents, tokens,
         raw bytes.
       splits: names that `eval` takes.
       vocab_size: number of token ids; 0 for images.
-      bos_id: precedes every document; None for images.
+      bos_id: precedes every document of text; else None.
       eos_id: the id that ends a document where documents follow each other: BOS, of the next one.
-      tokenizer: `encode_batch`, `decode`; None for images.
-      image_shape: (H, W, C); () for text.
-      classes: number of labels; 0 for text.
+      tokenizer: `encode_batch`, `decode`; None without text.
+      image_shape: (H, W, C) of images; else ().
+      classes: number of labels of images; else 0.
+      queries: labelled positions in each of the rows; else 0.
     """
 
     kind: str
@@ -60,14 +61,15 @@ class DataInfo:
     tokenizer: Any = None
     image_shape: tuple[int, ...] = ()
     classes: int = 0
+    queries: int = 0
 
 
 class EvalBatches(Protocol):
     """A split in a fixed order; iterate it as often as you like.
 
     Attributes:
-      bytes: raw bytes of the text behind the targets; 0 for images.
-      tokens: targets with weight 1; for images, examples.
+      bytes: raw bytes of the text behind the targets; 0 without text.
+      tokens: targets with weight 1; without text, examples.
     """
 
     bytes: int
@@ -81,7 +83,7 @@ class EvalBatches(Protocol):
 
 
 class Dataset(Protocol):
-    """Text or images, ready to train on.
+    """Text, images or synthetic rows, ready to train on.
 
     Attributes:
       info: what it holds.
@@ -323,42 +325,49 @@ def _predicted_bytes(tokens: Any) -> np.ndarray:
     return tokens.raw_bytes * ((length - 1) / length)
 
 
-# ---------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------ images and rows
 
 
-class ImageDataset:
-    """Images of one source."""
+class ExampleDataset:
+    """Images, or synthetic rows, of one source."""
 
     def __init__(self, source: Any, *, workers: int = 0):
         """Describes itself.
 
         Args:
-          source: an image source (see `effjax.data`).
+          source: an image source, or one of rows (see `effjax.data`).
           workers: processes that make training batches.
         """
         self._workers = workers
         self._source = source
         described = source.describe()
         self._digest = described['digest']
+        self._row = 0 if source.modality == 'image' else int(source.seq_len)
         self.info = DataInfo(
-            kind='image',
+            kind=source.modality,
             digest=self._digest,
             description=described,
             splits=tuple(source.splits),
-            image_shape=tuple(source.image_shape),
-            classes=int(source.classes),
+            vocab_size=getattr(source, 'vocab_size', 0),
+            image_shape=tuple(getattr(source, 'image_shape', ())),
+            classes=int(getattr(source, 'classes', 0)),
+            queries=getattr(source, 'queries', 0),
         )
 
     def describe(self) -> dict[str, Any]:
         """Returns what the source says of itself."""
         return self.info.description
 
-    def train(self, batch_size: int, seq_len: int, seed: int) -> ImageSampler:
-        """Returns the sampler of the training split; `seq_len` has no meaning here."""
-        del seq_len
-        return ImageSampler(
+    def train(self, batch_size: int, seq_len: int, seed: int) -> ExampleSampler:
+        """Returns the sampler of the training split; of images `seq_len` has no meaning.
+
+        Raises:
+          DataError: a split without examples, or rows of another length than `seq_len`.
+        """
+        self._check_length(seq_len)
+        return ExampleSampler(
             self._examples('train'),
-            name=self.info.description.get('source', 'images'),
+            name=self.info.description.get('source', self.info.kind),
             key=cache.key(self._digest, 'train')[:12],
             batch_size=batch_size,
             seed=seed,
@@ -367,30 +376,38 @@ class ImageDataset:
 
     def eval(
         self, split: str, batch_size: int, seq_len: int = 0, batches: int = 0
-    ) -> 'ImageEvalBatches':
+    ) -> 'ExampleEvalBatches':
         """Returns a split's batches: see `Dataset.eval`."""
-        del seq_len
         _check_split(split, self.info)
-        return ImageEvalBatches(self._examples(split), batch_size, batches)
+        self._check_length(seq_len)
+        return ExampleEvalBatches(self._examples(split), batch_size, batches)
+
+    def _check_length(self, seq_len: int) -> None:
+        if self._row and seq_len != self._row:
+            name = self.info.description.get('source', 'rows')
+            raise DataError(
+                f'config.seq_len is {seq_len}, but the rows of data source {name!r} have '
+                f'{self._row} tokens; make config.seq_len and config.data.seq_len the same.'
+            )
 
     def _examples(self, split: str) -> Any:
         examples = self._source.examples(split)
         if not len(examples):
-            raise DataError(f'split {split!r} has no images; give it some.')
+            raise DataError(f'split {split!r} has no {self.info.kind} examples; give it some.')
         return examples
 
 
-class ImageEvalBatches(InBatches):
-    """Images of a split in their own order."""
+class ExampleEvalBatches(InBatches):
+    """Images or rows of a split in their own order."""
 
     bytes = 0
 
     def __init__(self, examples: Any, batch_size: int, batches: int):
-        """Chooses the images.
+        """Chooses the examples.
 
         Args:
           examples: `len` and `[indices]`.
-          batch_size: images in a batch.
+          batch_size: examples in a batch.
           batches: how many; 0 is all.
         """
         self._examples = examples
@@ -400,7 +417,7 @@ class ImageEvalBatches(InBatches):
         self.tokens = len(self._index)
 
     def _make(self, chosen: slice) -> Batch:
-        return sampler.image_batch(self._examples, self._index[chosen], self._batch_size)
+        return sampler.example_batch(self._examples, self._index[chosen], self._batch_size)
 
 
 # -------------------------------------------------------------------------------------- building
@@ -430,8 +447,8 @@ def build(
     _check_own(block)
     workers = block.get('workers', ANY_KEYS['workers'])
     source = build_source(block, 'config.data')
-    if source.modality == 'image':
-        return ImageDataset(source, workers=workers)
+    if source.modality != 'text':
+        return ExampleDataset(source, workers=workers)
     folder = pathlib.Path(cache_dir or block.get('cache') or cache.root()).expanduser()
     kept = build_tokenizer(source, block.get('tokenizer'), folder)
     if isinstance(source, Mixture):

@@ -182,8 +182,8 @@ class TextSampler:
         return _Taken(part, index, rows, {'sample': first + size, 'sources': sources})
 
 
-class ImageSampler:
-    """Images in a new order each epoch. Position in the source: `examples` consumed."""
+class ExampleSampler:
+    """Images or rows in a new order each epoch. Position in the source: `examples` consumed."""
 
     def __init__(
         self, examples: Any, *, name: str, key: str, batch_size: int, seed: int, workers: int = 0
@@ -191,7 +191,7 @@ class ImageSampler:
         """Sets the batch.
 
         Args:
-          examples: `len`, and `[indices]` -> dict of image [N, H, W, C] and label int32 [N].
+          examples: `len`, and `[indices]` -> dict of arrays with N in front.
           name: for people.
           key: the source's name in positions.
           batch_size: rows of the global batch.
@@ -210,9 +210,9 @@ class ImageSampler:
         return {'sample': 0, 'sources': {}}
 
     def batch(self, position: Position, rows: RowIndex = None) -> Batch:
-        """Returns `image` [B, H, W, C], `label` int32 [B], `weights` float32 [B] of ones."""
+        """Returns the examples' arrays, with `weights` float32 [B] of ones."""
         wanted = self._indices(position)[slice(None) if rows is None else rows]
-        return image_batch(self._examples, wanted, len(wanted))
+        return example_batch(self._examples, wanted, len(wanted))
 
     def advance(self, position: Position) -> Position:
         """Returns the position after the batch at `position`."""
@@ -237,20 +237,16 @@ class ImageSampler:
         return out
 
 
-def image_batch(examples: Any, index: np.ndarray, size: int) -> Batch:
-    """Reads images, and pads them to `size` rows with weight 0.
+def example_batch(examples: Any, index: np.ndarray, size: int) -> Batch:
+    """Reads examples, and pads them to `size` rows with weight 0.
 
     Returns:
-      `image` [size, H, W, C], `label` int32 [size], `weights` float32 [size].
+      The examples' arrays, [size, ...], and `weights` float32 [size].
     """
-    got = examples[index]
-    image, label = np.asarray(got['image']), np.asarray(got['label'], np.int32)
-    chex.assert_rank([image, label], [4, 1])
-    chex.assert_equal(len(image), len(label))
-    missing = size - len(image)
-    weights = np.ones(len(image), np.float32)
-    if missing:
-        image, label, weights = (
-            np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (image, label, weights)
-        )
-    return {'image': image, 'label': label, 'weights': weights}
+    got = {name: np.asarray(array) for name, array in examples[index].items()}
+    for name, array in got.items():
+        if len(array) != len(index):
+            raise ValueError(f'{len(index)} examples were asked for, {name!r} has {len(array)}.')
+    got['weights'] = np.ones(len(index), np.float32)
+    missing = size - len(index)
+    return {k: np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for k, a in got.items()}

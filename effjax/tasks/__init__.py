@@ -1,17 +1,21 @@
 """Objectives: what a model is trained on and judged by.
 
 A task is `Task(execution, *, <config args>)`, `execution` being the config's execution block, with
-  `data`: 'text' or 'image', the kind of batch it reads;
+  `data`: 'text', 'image' or 'rows', the kind of batch it reads;
   `info(batch, rng, train) -> SeqInfo`;
   `loss(model, batch, info) -> (loss_sum, weight, aux)`: float32 scalars, the loss summed with the
     batch's weights and the sum of those weights; `aux` maps a name to a (sum, weight) pair. The
     step divides once, by the weight over all microbatches and devices;
   `evaluate(model, batch, info) -> {name: (sum, weight)}`;
   `metrics(sums, source) -> {name: float}`: what is reported, given the sums over a split;
-  `units(batch_size, seq_len) -> (examples, tokens)`: what one batch counts as on the ledger.
+  `units(batch_size, seq_len) -> (examples, tokens)`: what one batch counts as on the ledger;
+  `cost(model, batch, seq_len) -> {part: Cost}`: one forward pass of the model as the task uses it;
+  `bidirectional`, where it is True: the model must be an encoder, which sees both sides.
 """
 
 TASKS = {
     'next_token': 'effjax.tasks.next_token:NextToken',
+    'masked_lm': 'effjax.tasks.masked_lm:MaskedLM',
     'classification': 'effjax.tasks.classification:Classification',
+    'recall': 'effjax.tasks.recall:Recall',
 }

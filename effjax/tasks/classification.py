@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from effjax.core.cost import Cost
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 
@@ -55,6 +56,10 @@ class Classification:
     def units(self, batch_size: int, seq_len: int) -> tuple[int, int]:
         """Returns (examples, tokens): an image counts as `seq_len` patches."""
         return batch_size, batch_size * seq_len
+
+    def cost(self, model: Any, batch: int, seq_len: int) -> dict[str, Cost]:
+        """Returns the model's cost by part."""
+        return model.cost(batch, seq_len)
 
     def _sums(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo, smoothing: float):
         chex.assert_rank([batch['image'], batch['label'], batch['weights']], [4, 1, 1])

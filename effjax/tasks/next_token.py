@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from effjax.core.cost import Cost
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 from effjax.kernels import linear_cross_entropy
@@ -80,6 +81,10 @@ class NextToken:
     def units(self, batch_size: int, seq_len: int) -> tuple[int, int]:
         """Returns (examples, tokens) of one batch."""
         return batch_size, batch_size * seq_len
+
+    def cost(self, model: Any, batch: int, seq_len: int) -> dict[str, Cost]:
+        """Returns the model's cost by part."""
+        return model.cost(batch, seq_len)
 
     def _head(self, model: Any, hidden: jax.Array, batch: Mapping[str, jax.Array], z_loss: float):
         weight_DV = model.head_weight()

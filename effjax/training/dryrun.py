@@ -54,7 +54,7 @@ def _parameters(built: Any) -> list[str]:
 def _flops(runtime: Runtime) -> list[str]:
     first = runtime.stages[0].config
     batch, length = first['batch_size'], first['seq_len']
-    parts = runtime.built.model.cost(batch, length)
+    parts = runtime.task.cost(runtime.built.model, batch, length)
     forward = total(parts.values()).model_flops
     examples, tokens = runtime.task.units(batch, length)
     out = [
@@ -70,7 +70,7 @@ def _flops(runtime: Runtime) -> list[str]:
         if cost.model_flops
     ]
     # One example's multiply-adds and decoding state: the figures that papers print.
-    one = runtime.built.model.cost(1, length)
+    one = runtime.task.cost(runtime.built.model, 1, length)
     out.append(f'  one example forward: {page.si(total(one.values()).model_flops / 2, "MACs")}')
     dtype = runtime.precision.policy.compute_dtype
     for rows, costs in ((1, one), (batch, parts)):
@@ -96,7 +96,7 @@ def _memory(runtime: Runtime) -> list[str]:
     gradients = _per_device(state['params'], shardings['params'])
     micro = first['batch_size'] // first['accumulate']
     rows = parallel.batch_sharding(mesh, rules=runtime.rules).shard_shape((micro,))[0]
-    costs = runtime.built.model.cost(1, first['seq_len']).values()
+    costs = runtime.task.cost(runtime.built.model, 1, first['seq_len']).values()
     activations = total(costs).activation_bytes * rows
     out = [
         '',

@@ -209,7 +209,7 @@ class Runtime:
 
     def costs(self, stage: Stage) -> dict[str, Any]:
         """Returns `part -> Cost` of one batch of a stage."""
-        return self.built.model.cost(stage.config['batch_size'], stage.config['seq_len'])
+        return self.task.cost(self.built.model, stage.config['batch_size'], stage.config['seq_len'])
 
     def compile(self, stage: Stage, batch: Mapping[str, jax.Array]) -> CompiledStep:
         """Compiles a stage's step for a placed batch."""
@@ -235,7 +235,8 @@ class Runtime:
         size, length = evaluation.batch_size, evaluation.seq_len
         count = len(evaluation.source)
         examples, tokens = self.task.units(count * size, length)
-        parts = {k: c.times(count) for k, c in self.built.model.cost(size, length).items()}
+        one = self.task.cost(self.built.model, size, length)
+        parts = {k: c.times(count) for k, c in one.items()}
         return StepCost.forward(parts, examples=examples, tokens=tokens, tokens_computed=tokens)
 
     def compile_eval(self, evaluation: evaluate.Evaluation) -> Any:

@@ -37,18 +37,8 @@ def check(config: Mapping[str, Any]) -> None:
         check_block(SCHEDULES, stage.config['schedule'], 'schedule', f'{where}.schedule')
         schedules.build(stage.config['schedule'])
     _check_evals(config)
-    _check_finish(config, task.data)
-    causal_only = config['model']['kind'] == 'decoder'
-    if task.data == 'image' and causal_only:
-        raise ConfigError(
-            f'config.task.kind {config["task"]["kind"]!r} reads images, which model '
-            "'decoder' does not take; use config.model.kind=vit."
-        )
-    if task.data == 'text' and config['model']['kind'] == 'vit':
-        raise ConfigError(
-            f'config.task.kind {config["task"]["kind"]!r} reads text, which model '
-            "'vit' does not take; use config.model.kind=decoder."
-        )
+    _check_model(config, task)
+    _check_finish(config, task)
 
 
 def check_mesh(config: Mapping[str, Any], mesh: Any, rules: Mapping[str, Any]) -> None:
@@ -97,10 +87,12 @@ def resolve(config: dict[str, Any], info: Any) -> dict[str, Any]:
             f'config.task.kind {config["task"]["kind"]!r} needs {task.data} data, but '
             f'config.data.kind {config["data"]["kind"]!r} gives {info.kind}.'
         )
-    if info.kind == 'text':
-        model['vocab_size'] = _vocabulary(model.get('vocab_size', 0), info.vocab_size)
-    else:
+    if info.kind == 'image':
         _fill_image(model, info)
+    else:
+        model['vocab_size'] = _vocabulary(model.get('vocab_size', 0), info.vocab_size)
+    if info.kind == 'rows':
+        config = {**config, 'task': {**config['task'], 'queries': _queries(task, info)}}
     return {**config, 'model': model}
 
 
@@ -115,7 +107,7 @@ def check_same_data(first: Any, other: Any, stage: int) -> None:
     Raises:
       ConfigError: another kind of data, another tokenizer, other images or classes.
     """
-    for what in ('kind', 'vocab_size', 'image_shape', 'classes'):
+    for what in ('kind', 'vocab_size', 'image_shape', 'classes', 'queries'):
         if getattr(first, what) != getattr(other, what):
             raise ConfigError(
                 f'config.stages.{stage}.data has {what} {getattr(other, what)!r}, but the first '
@@ -155,6 +147,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _queries(task: Any, info: Any) -> int:
+    if task.queries not in (0, info.queries):
+        raise ConfigError(
+            f'config.task.queries is {task.queries}, but the rows of the data have {info.queries} '
+            "labelled positions; set it to 0 to take the data's."
+        )
+    return info.queries
+
+
 def _vocabulary(size: int, known: int) -> int:
     if size == 0:
         return known
@@ -184,8 +185,33 @@ def _fill_image(model: dict[str, Any], info: Any) -> None:
             raise ConfigError(f'config.model.{key} is {model[key]}, but the data has {value}.')
 
 
-def _check_finish(config: Mapping[str, Any], data: str) -> None:
-    options = config['finish']
+def _check_model(config: Mapping[str, Any], task: Any) -> None:
+    """Checks that the model takes what the task gives and sees what the task means it to see."""
+    kind, model = config['task']['kind'], config['model']['kind']
+    both_ways = getattr(task, 'bidirectional', False)
+    fits = 'vit' if task.data == 'image' else 'encoder' if both_ways else 'decoder'
+    if model == fits:
+        return
+    if (task.data == 'image') != (model == 'vit'):
+        reads = 'images' if task.data == 'image' else 'tokens'
+        raise ConfigError(
+            f'config.task.kind {kind!r} reads {reads}, which model {model!r} does not take; use '
+            f'config.model.kind={fits}.'
+        )
+    if both_ways:
+        raise ConfigError(
+            f'config.task.kind {kind!r} hides tokens, for which model {model!r} has no mask, and '
+            'it sees them from one side only; use config.model.kind=encoder, or '
+            'config.task.kind=next_token.'
+        )
+    raise ConfigError(
+        f'config.task.kind {kind!r} asks for what model {model!r}, which looks both ways, could '
+        'read off its input; use config.model.kind=decoder, or config.task.kind=masked_lm.'
+    )
+
+
+def _check_finish(config: Mapping[str, Any], task: Any) -> None:
+    options, data = config['finish'], task.data
     if options['sample_tokens'] < 0:
         raise ConfigError(
             f'config.finish.sample_tokens must not be negative, got {options["sample_tokens"]}.'
@@ -193,10 +219,26 @@ def _check_finish(config: Mapping[str, Any], data: str) -> None:
     for key in ('gzip', 'sample_tokens'):
         if options[key] and data != 'text':
             raise ConfigError(f'config.finish.{key} is for text, but the task reads {data} data.')
+    if getattr(task, 'bidirectional', False):
+        _check_no_text(options, config['task']['kind'])
     if options['gzip'] and config['data']['kind'] in ('prepared', 'mixture'):
         raise ConfigError(
             f'config.finish.gzip needs the text of its documents, which data source '
             f'{config["data"]["kind"]!r} does not have; set it to false.'
+        )
+
+
+def _check_no_text(options: Mapping[str, Any], kind: str) -> None:
+    """Checks that nothing is asked of a bidirectional model that only a decoder can do."""
+    if options['sample_tokens']:
+        raise ConfigError(
+            f'config.finish.sample_tokens: a model of task {kind!r} looks both ways and generates '
+            'no text; set it to 0, or train a decoder with task next_token.'
+        )
+    if options['gzip']:
+        raise ConfigError(
+            f'config.finish.gzip is compared with bits per byte, which task {kind!r} does not '
+            'measure; set it to false.'
         )
 
 

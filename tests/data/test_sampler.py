@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from effjax.core.errors import DataError
-from effjax.data.sampler import ImageSampler, TextPart, TextSampler
+from effjax.data.sampler import ExampleSampler, TextPart, TextSampler
 from effjax.data.shards import TokenStream
 
 PACKINGS = ('pack', 'split', 'stream')
@@ -191,7 +191,7 @@ class Images:
 
 
 def test_images_come_once_an_epoch_in_a_new_order():
-    sampler = ImageSampler(Images(), name='ten', key='k', batch_size=4, seed=0)
+    sampler = ExampleSampler(Images(), name='ten', key='k', batch_size=4, seed=0)
     position, labels = sampler.initial(), []
     for _ in range(5):
         batch = sampler.batch(position)
@@ -206,5 +206,5 @@ def test_images_come_once_an_epoch_in_a_new_order():
     assert sorted(labels[:10]) == sorted(labels[10:]) == list(range(10))
     assert labels[:10] != labels[10:]
     # Another batch size goes on.
-    other = ImageSampler(Images(), name='ten', key='k', batch_size=20, seed=0)
+    other = ExampleSampler(Images(), name='ten', key='k', batch_size=20, seed=0)
     assert other.batch(other.initial())['label'].tolist() == labels
