@@ -25,7 +25,7 @@ def tracked() -> list[pathlib.Path]:
         ['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True
     )
     files = [ROOT / name for name in done.stdout.split('\0') if name]
-    return [f for f in files if f.suffix not in ('.gz', '.png') and f.is_file()]
+    return [f for f in files if f.suffix not in ('.gz', '.npz', '.png') and f.is_file()]
 
 
 def test_no_traces_of_a_machine_or_a_registry():

@@ -153,7 +153,9 @@ def test_padding_is_never_read():
         assert not np.any(np.asarray(noisy[0])[SEGMENTS == 0])
 
 
-@pytest.mark.parametrize(('length', 'chunk'), [(12, 4), (13, 4), (3, 64), (200, 64)])
+@pytest.mark.parametrize(
+    ('length', 'chunk'), [(12, 4), (13, 4), (3, 64), (200, 64), (5, 1), (1, 64)]
+)
 def test_costs_equal_the_walk(length, chunk):
     arrays = inputs(length=length)[:5]
     for decay in (True, False):

@@ -36,11 +36,15 @@ CONFIGS = {
             'bias': True,
         },
     ],
+    'deltanet': [{'heads': 2, 'key_dim': 4, 'value_dim': 8, 'chunk': 5}],
+    'gated_deltanet': [{'heads': 2, 'key_dim': 5, 'value_dim': 7, 'chunk': 4, 'negative': True}],
     'shaped_attention': [{'heads': 2}],
 }
 # The same properties for more configs, in the tier `ci`.
 MORE = {
     'attention': [{'heads': 3, 'kv_heads': 1, 'head_dim': 6, 'implementation': 'reference'}],
+    'deltanet': [{'heads': 3, 'gate': True, 'conv': 0, 'implementation': 'reference'}],
+    'gated_deltanet': [{'heads': 1, 'chunk': 1, 'conv': 0}, {'heads': 2, 'gate': False}],
     'shaped_attention': [{'heads': 2, 'values': True, 'qk_norm': True}],
 }
 CASES = [

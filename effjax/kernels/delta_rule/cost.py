@@ -42,6 +42,8 @@ def executed_flops(
         return 6.0 * batch * length * heads * key_dim * value_dim
     size = chunk_size(length, chunk)
     chunks = -(-length // size) * batch * heads
-    inside = size * size * (4 * key_dim + (key_dim + value_dim) + 2 * value_dim)
+    solve = size * size * (key_dim + value_dim) if size > 1 else 0
+    # A single token's matrix of keys is all diagonal, which nothing reads.
+    inside = size * size * ((4 if size > 1 else 2) * key_dim + 2 * value_dim) + solve
     across = 6 * size * key_dim * value_dim
     return float(chunks * (inside + across + (size if decay else 0)))

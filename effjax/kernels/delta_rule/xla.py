@@ -29,9 +29,11 @@ def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
     system = jnp.tril(beta[..., None] * with_key, -1)
     scores = jnp.einsum('nbhik,nbhjk->nbhij', q, k) * between
     right = jnp.concatenate([v, k * (to_start * reads)[..., None]], axis=-1) * beta[..., None]
-    solved = jax.lax.linalg.triangular_solve(
-        system, right, left_side=True, lower=True, unit_diagonal=True
-    )
+    solved = right
+    if size > 1:  # a single token, as in decoding, has nothing to solve
+        solved = jax.lax.linalg.triangular_solve(
+            system, right, left_side=True, lower=True, unit_diagonal=True
+        )
     values, weights = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     queries = q * (to_start * reads)[..., None]
     keys = k * (to_end * writes)[..., None]

@@ -21,5 +21,7 @@ cannot do a thing raises a `ValueError` naming itself, the thing, and what to us
 
 MIXERS = {
     'attention': 'effjax.layers.mixers.attention:Attention',
+    'deltanet': 'effjax.layers.mixers.deltanet:DeltaNet',
+    'gated_deltanet': 'effjax.layers.mixers.gated_deltanet:GatedDeltaNet',
     'shaped_attention': 'effjax.layers.mixers.shaped:ShapedAttention',
 }
