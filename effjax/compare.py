@@ -110,6 +110,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add('--grid', metavar='V,V,V', help='its values (default 0.5, 1 and 2 times the baseline’s)')
     add('--tune_fraction', type=float, help='share of the budget of a tuning run (default 0.25)')
+    add('--least_steps', type=int, metavar='N', help='of the shortest run (default 50)')
     add('--batched', choices=('auto', 'yes', 'no'), help='share compiled steps by vmap')
     add('--out', metavar='DIR', help='the study’s folder (default runs/studies/<name>)')
     add('--workers', type=int, default=1, metavar='N', help='runs side by side, a device each')
@@ -185,6 +186,7 @@ def _changed(study: 'Study', args: argparse.Namespace) -> 'Study':
         'margin': args.margin,
         'tune_key': args.tune_key,
         'tune_fraction': args.tune_fraction,
+        'least_steps': args.least_steps,
         'seeds': _seeds(args.seeds) if args.seeds else None,
         'fractions': _numbers(args.fractions, '--fractions') if args.fractions else None,
         'grid': _numbers(args.grid, '--grid') if args.grid else None,

@@ -34,6 +34,7 @@ class Workload:
       steps: what the baseline makes of the full budget.
       tune_key: the key that every arm tunes.
       grid: its values, spaced evenly in their logarithm; the baseline's own is within it.
+      least_steps: of the shortest run of a study on it, tuning included.
       margin: differences of the metric within it, either way, do not matter.
       scale: the workload in words.
       note: what one must know before believing a result on it.
@@ -50,6 +51,7 @@ class Workload:
     metric: str = 'valid.loss'
     axis: str = 'model_flops'
     tune_key: str = 'schedule.peak'
+    least_steps: int = 50
     note: str = ''
 
     def load(self, overrides: Sequence[str] = ()) -> Any:
@@ -81,6 +83,7 @@ class Workload:
             'margin': self.margin,
             'tune_key': self.tune_key,
             'grid': self.grid,
+            'least_steps': self.least_steps,
             'scale': self.scale,
             **changes,
         }
@@ -109,6 +112,7 @@ LM_TINY = Workload(
     config='configs/lm10m.py:tiny',
     budget=2.66e11,
     steps=160,
+    least_steps=20,
     grid=(5e-3, 1e-2, 2e-2, 4e-2),
     margin=0.03,
     scale='0.25M parameters, 0.16M bytes of Python source',

@@ -57,6 +57,7 @@ def flags(baseline):
         return [
             *([f'--baseline={given}', '--change', 'clip_norm=0.5'] if given else []),
             *('--budget=40steps', '--seeds=2', '--tune_key=', '--fractions=1', '--no_probe'),
+            '--least_steps=10',
             *more,
         ]
 
@@ -112,6 +113,7 @@ def test_wrong_flags_are_refused_in_one_line(refused, argv, message):
         (['--seeds=1'], 'one seed has no interval'),
         (['--seeds=x'], "--seeds is a count or numbers with commas, got 'x'"),
         (['--seeds=3,3'], 'seeds must differ'),
+        (['--least_steps=0'], 'least_steps must be at least 1, got 0'),
         (['--fractions=0.5'], 'fractions must rise to 1'),
         (['--fractions=a,1'], "--fractions takes numbers with commas, got 'a,1'"),
         (['--margin=nan'], 'the margin must be a number from 0 on, got nan'),
@@ -136,6 +138,10 @@ def test_a_study_that_makes_no_sense_is_refused(refused, flags, more, message):
         (['--change', 'seq_len=16'], ["arm 'seq_len-16'", "than 'baseline'", 'other batches']),
         (['--change', 'data.valid_fraction=0.3'], ['valid_fraction-0.3', 'other batches']),
         (['--budget=300tokens'], ["arm 'baseline' cannot reach the budget", 'at least 10']),
+        (
+            ['--budget=99steps', '--fractions=0.5,1', '--least_steps=50'],
+            ["arm 'baseline' cannot reach", 'at least 50', 'allow fewer with --least_steps'],
+        ),
         (['--change', 'model.layers=9', '--budget=1.7e8flops'], ["arm 'layers-9' cannot reach"]),
         (['--change', 'schedule.kind=constant'], ['kind-constant', 'ends at 100% of its peak']),
         (['--metric=valid.los'], ["no metric 'los'", 'perplexity', "Did you mean 'loss'?"]),

@@ -5,14 +5,16 @@ Pure functions of a study and its cells; what is refused is refused here, in wor
 
 import ast
 import dataclasses
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from effjax.study import stats, words
 from effjax.study.records import COSTS, Analysis, Cell, Comparison, Ratio, Tuning
 from effjax.study.spec import AXES, Arm, Study
 
 MOST_WAIT = 0.05  # share of training time spent waiting for data, above which time says nothing
+UNEQUAL = 0.01  # difference of what two arms spent of an equal budget, from which on it is told
 _CLOCKED = ('seconds', 'joules')
 
 
@@ -160,8 +162,14 @@ def _compare(
         detectable = stats.minimum_detectable(interval.sd, interval.n) if interval.sd else None
     if interval is not None and interval.n < len(study.seeds) and not broken:
         notes.append(f'{interval.n} of {len(study.seeds)} seeds so far.')
+    own = spent.get(study.axis) or 1.0
+    if abs(own - 1) > UNEQUAL:
+        notes.append(
+            f'{arm.name} spent {own:.1%} of the {AXES[study.axis][1]} that {study.baseline.name} '
+            'did: a run ends at a whole step; ratios count what was spent.'
+        )
     clocked = _clock_refusal(base, mine)
-    ratios = _on_all_axes(study, ratio, spent, clocked)
+    ratios = _on_all_axes(study, ratio, base, mine, clocked)
     source = _Sources.of(sources, study.baseline.name, arm.name)
     charged = source.charged(ratios, base) if source else {}
     return Comparison(
@@ -204,44 +212,86 @@ def _value(cells: Mapping[int, Cell], seed: int) -> float | None:
 
 
 def _ratio(study: Study, arm: Arm, final: Sequence[Cell]) -> Ratio | None:
-    def curves(name: str) -> dict[float, dict[int, float]]:
-        out: dict[float, dict[int, float]] = {}
-        for c in final:
-            if c.arm == name and c.value is not None:
-                out.setdefault(c.fraction, {})[c.seed] = c.value
-        return out
-
-    found = curves(arm.name), curves(study.baseline.name)
+    """Returns the budget ratio, each side's budgets being shares of what its full runs spent."""
+    found = [_curve(study, name, final) for name in (arm.name, study.baseline.name)]
     if len(study.fractions) < 2 or not all(1.0 in side for side in found):
         return None
-    return stats.budget_ratio(*found, lower_is_better=study.minimised)
+    return stats.budget_ratio(found[0], found[1], lower_is_better=study.minimised)
+
+
+def _curve(study: Study, name: str, final: Sequence[Cell]) -> dict[float, dict[int, float]]:
+    """Returns share of the spent budget -> seed -> metric of an arm.
+
+    A run ends at the step nearest to its budget, so that its share is what it spent over what the
+    full runs spent; the one asked for where that is not known.
+    """
+    done = [c for c in final if c.arm == name and c.value is not None]
+    full = _mean_cost([c for c in done if c.fraction == 1.0], study.axis)
+    out: dict[float, dict[int, float]] = {}
+    for fraction in sorted({c.fraction for c in done}):
+        here = [c for c in done if c.fraction == fraction]
+        spent = _mean_cost(here, study.axis)
+        share = fraction if fraction == 1.0 or not (full and spent) else spent / full
+        if fraction == 1.0 or share < 1.0:  # equal steps at two budgets are one point
+            out[share] = {c.seed: c.value for c in here if c.value is not None}
+    return out
+
+
+def _mean_cost(cells: Iterable[Cell], axis: str) -> float | None:
+    """Returns the mean of a cost over runs that ended well, None where one does not know it."""
+    known = [c.costs.get(axis) for c in cells if c.status == 'done']
+    if not known or any(v is None for v in known):
+        return None
+    return statistics.mean(v for v in known if v is not None)
 
 
 def _spent(base: Mapping[int, Cell], mine: Mapping[int, Cell], axis: str) -> float | None:
     """Returns mean cost(arm) / mean cost(baseline) at the full budget, None where not known."""
-    sides = []
-    for cells in (base, mine):
-        known = [c.costs.get(axis) for c in cells.values() if c.status == 'done']
-        if not known or any(v is None for v in known):
-            return None
-        sides.append(statistics.mean(v for v in known if v is not None))
-    return sides[1] / sides[0] if sides[0] else None
+    sides = [_mean_cost(cells.values(), axis) for cells in (base, mine)]
+    return None if sides[1] is None or not sides[0] else sides[1] / sides[0]
+
+
+def _spread(logs: Sequence[float]) -> float:
+    """Returns half the 95 % interval of the mean of logarithms; 0 where they are equal or one."""
+    if len(logs) < 2:
+        return 0.0
+    found = stats.paired_interval(logs)
+    return (found.high - found.low) / 2
 
 
 def _on_all_axes(
-    study: Study, ratio: Ratio | None, spent: Mapping[str, float | None], clocked: str
+    study: Study,
+    ratio: Ratio | None,
+    base: Mapping[int, Cell],
+    mine: Mapping[int, Cell],
+    clocked: str,
 ) -> dict[str, Ratio | None]:
-    """Returns the ratio on every axis: a run's costs grow together, so one factor converts them."""
+    """Returns the ratio on every axis: a run's costs grow together, so one factor converts them.
+
+    The factor is what the arm's full runs spent over what the baseline's did. Its spread over
+    seeds (none for FLOPs, some for time) and the ratio's add up as squares of half intervals of
+    logarithms, each end by itself (Zou and Donner 2008).
+    """
     out: dict[str, Ratio | None] = {}
     for axis in AXES:
-        own, other = spent.get(study.axis), spent.get(axis)
+        factor = _spent(base, mine, axis)
         hidden = bool(clocked) and axis in _CLOCKED
-        if ratio is None or own is None or other is None or hidden or not own:
+        if ratio is None or factor is None or not factor or hidden:
             out[axis] = None
             continue
-        factor = 1.0 if axis == study.axis else other / own
+        pairs = [
+            (a, b)
+            for seed in sorted(base.keys() & mine.keys())
+            if (a := base[seed].costs.get(axis)) and (b := mine[seed].costs.get(axis))
+        ]
+        spread = _spread([math.log(b / a) for a, b in pairs])
+        low, high = math.log(ratio.low / ratio.ratio), math.log(ratio.high / ratio.ratio)
+        at = ratio.ratio * factor
         out[axis] = dataclasses.replace(
-            ratio, ratio=ratio.ratio * factor, low=ratio.low * factor, high=ratio.high * factor
+            ratio,
+            ratio=at,
+            low=at * math.exp(-math.hypot(low, spread)),
+            high=at * math.exp(math.hypot(high, spread)),
         )
     return out
 
@@ -277,28 +327,35 @@ class _Sources:
 
         Cb is what the baseline spent at the full budget.
         """
-        out: dict[str, Ratio | None] = {}
-        for axis, ratio in ratios.items():
-            shares = self._shares(axis, base)
-            out[axis] = None
-            if ratio is not None and shares is not None:
-                whole, more = 1 + shares[0], shares[1]
-                out[axis] = dataclasses.replace(
-                    ratio,
-                    ratio=(ratio.ratio + more) / whole,
-                    low=(ratio.low + more) / whole,
-                    high=(ratio.high + more) / whole,
-                )
-        return out
+        return {axis: self._charged(axis, ratio, base) for axis, ratio in ratios.items()}
+
+    def _charged(self, axis: str, ratio: Ratio | None, base: Mapping[int, Cell]) -> Ratio | None:
+        shares = self._shares(axis, base)
+        if ratio is None or shares is None:
+            return None
+
+        def paid(value: float, scale: float = 1.0) -> float:
+            return (value + scale * shares[1]) / (1 + scale * shares[0])
+
+        # What the baseline spent is known but for its spread over seeds.
+        known = [v for c in base.values() if c.status == 'done' and (v := c.costs.get(axis))]
+        spread = math.exp(_spread([math.log(v) for v in known]))
+        slack = abs(paid(ratio.ratio, spread) - paid(ratio.ratio, 1 / spread)) / 2
+        at = paid(ratio.ratio)
+        return dataclasses.replace(
+            ratio,
+            ratio=at,
+            low=at - math.hypot(at - paid(ratio.low), slack),
+            high=at + math.hypot(paid(ratio.high) - at, slack),
+        )
 
     def _shares(self, axis: str, base: Mapping[int, Cell]) -> tuple[float, float] | None:
         """Returns both sources' costs over what a run of the baseline spent, None if not known."""
-        costs = [c.costs.get(axis) for c in base.values() if c.status == 'done']
-        known = [v for v in costs if v is not None]
+        spent = _mean_cost(base.values(), axis)
         own = [side.get(axis) if side else 0.0 for side in (self.base, self.mine)]
-        if not known or not statistics.mean(known) or own[0] is None or own[1] is None:
+        if not spent or own[0] is None or own[1] is None:
             return None
-        return own[0] / statistics.mean(known), own[1] / statistics.mean(known)
+        return own[0] / spent, own[1] / spent
 
 
 # ---- what a reader must know -------------------------------------------------------------------

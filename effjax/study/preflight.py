@@ -23,7 +23,6 @@ from effjax.training import schedules, setup
 from effjax.training.batched import VARYING
 from effjax.training.runtime import Runtime
 
-LEAST_STEPS = 10
 BATCHED_PARAMS = 100e6  # parameters of all lanes together, up to which `vmap` is chosen
 
 
@@ -119,11 +118,12 @@ def _arm(study: Study, arm: Arm) -> Facts:
     for stage in runtime.stages:
         _check_decay(arm, stage.config['schedule'], last=stage is runtime.stages[-1])
     least = min(study.fractions[0], study.tune_fraction if study.tune_key else 1.0)
-    if steps is not None and steps * least < LEAST_STEPS:
+    if steps is not None and steps * least < study.least_steps:
         raise StudyError(
             f'arm {arm.name!r} cannot reach the budget: {study.budget:g} {AXES[study.axis][1]} '
-            f'are {steps} of its steps ({max(0, round(steps * least))} in the shortest run), and a '
-            f'schedule needs at least {LEAST_STEPS}; raise --budget or make its step smaller.'
+            f'are {steps} of its steps ({max(0, round(steps * least))} in the shortest run), and '
+            f'every run needs at least {study.least_steps}; raise --budget, make its step smaller, '
+            'or allow fewer with --least_steps.'
         )
     stage = runtime.stages[0]
     flops = sum(cost.train_flops for cost in runtime.costs(stage).values())

@@ -87,6 +87,8 @@ class Study:
       grid: its values, at least three, ascending; every arm tries equally many.
       tune_fraction: share of the budget that a tuning run gets.
       tune_seeds: how many runs each value gets.
+      least_steps: steps that the shortest run must have; of fewer, the schedule and the last step
+        decide more than the arm does.
       overrides: 'a.b=c' for all arms.
       batched: whether the runs of one arm and budget share a compiled step by `vmap`: True, False,
         or None to choose by size.
@@ -108,6 +110,7 @@ class Study:
     grid: tuple[float, ...] = ()
     tune_fraction: float = 0.25
     tune_seeds: int = 1
+    least_steps: int = 50
     overrides: tuple[str, ...] = ()
     batched: bool | None = None
     question: str = ''
@@ -283,6 +286,8 @@ def _check_fractions(study: Study) -> None:
     f = study.fractions
     if not f or f[-1] != 1.0 or list(f) != sorted(set(f)) or f[0] <= 0:
         raise StudyError(f'fractions must rise to 1 from above 0, got {list(f)}.')
+    if study.least_steps < 1:
+        raise StudyError(f'least_steps must be at least 1, got {study.least_steps}.')
     if not 0 < study.tune_fraction <= 1:
         raise StudyError(f'tune_fraction must be in (0, 1], got {study.tune_fraction:g}.')
 

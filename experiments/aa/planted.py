@@ -20,7 +20,7 @@ from effjax.study import analysis, plan, store
 from effjax.study.compare import Options, compare
 from effjax.study.execute import Runner
 from effjax.study.plan import Group, Job
-from effjax.study.records import Comparison
+from effjax.study.records import Cell, Comparison
 from effjax.study.spec import Arm, Study
 from effjax.training.files import write_json_atomic
 from experiments.workloads import LM_TINY
@@ -42,7 +42,15 @@ def handicap(args: argparse.Namespace) -> Comparison:
     groups = [*plain, *(Group(g.name, tuple(map(_charged, g.jobs))) for g in other)]
     Runner(args.out, plan.code_version(), batched=True).run(groups)
     cells = [store.collect(j, args.out, study.metric) for g in groups for j in g.jobs]
+    cells = [_paid(c) if c.arm == 'handicapped' else c for c in cells]
     return analysis.analyse(study, cells, code='').comparisons[0]
+
+
+def _paid(cell: Cell) -> Cell:
+    """Returns a run with what it is charged for on its books, as its steps would have cost."""
+    flops = cell.costs.get('model_flops')
+    more = {'model_flops': flops * HANDICAP} if flops else {}
+    return dataclasses.replace(cell, costs={**cell.costs, **more})
 
 
 def _charged(job: Job) -> Job:

@@ -1,6 +1,7 @@
 """Verdicts from cells: wins, losses, refusals, failed runs kept in sight."""
 
 import dataclasses
+import math
 import random
 
 import pytest
@@ -173,6 +174,68 @@ def test_a_cheaper_step_shows_on_the_other_axes():
     ]
     found = judge(study(), runs).at_equal_quality
     assert found['seconds'].ratio == pytest.approx(1.5 * found['model_flops'].ratio)
+
+
+def scaled(runs, arm, **factors):
+    """Returns the runs with costs of an arm multiplied, by a number or by one a seed."""
+    out = []
+    for c in runs:
+        costs = dict(c.costs)
+        for axis, by in factors.items() if c.arm == arm else ():
+            costs[axis] *= by[c.seed] if isinstance(by, tuple) else by
+        out.append(dataclasses.replace(c, costs=costs))
+    return out
+
+
+def test_what_was_spent_counts_and_not_what_was_given():
+    runs = cells(study(), gain=0.12)
+    exact = judge(study(), runs).at_equal_quality['model_flops']
+    rounded = judge(study(), scaled(runs, 'new', model_flops=1.03))  # ends half a step later
+    found = rounded.at_equal_quality['model_flops']
+    assert found.ratio == pytest.approx(1.03 * exact.ratio)
+    assert any('new spent 103.0% of the model FLOPs that base did' in n for n in rounded.notes)
+    assert not any('whole step' in n for n in judge(study(), runs).notes)
+
+
+def test_a_curve_stands_at_what_its_runs_spent():
+    def short(fraction):  # runs of few steps end well below what they may spend
+        return {0.6: 0.5, 0.75: 0.7}.get(fraction, fraction)
+
+    one = study(seeds=(0, 1, 2, 3, 4))
+    runs = [
+        dataclasses.replace(
+            c,
+            value=c.value - loss(c.fraction, gain) + loss(short(c.fraction), gain),
+            costs={**c.costs, 'model_flops': 100 * short(c.fraction)},
+        )
+        for c in cells(one, gain=0.12)
+        for gain in [0.12 if c.arm == 'new' else 0.0]
+    ]
+    ratio = judge(one, runs).at_equal_quality['model_flops']
+    assert ratio.low < 1 / 1.12 < ratio.high
+    assert ratio.ratio == pytest.approx(1 / 1.12, abs=0.01)
+
+
+def test_the_spread_of_a_cost_over_seeds_widens_its_interval():
+    runs = cells(study(), gain=0.12)
+    even = judge(study(), runs).at_equal_quality
+    found = judge(study(), scaled(runs, 'new', seconds=(1.4, 1.5, 1.6))).at_equal_quality
+    assert found['model_flops'] == even['model_flops']
+    assert found['seconds'].ratio == pytest.approx(1.5 * even['seconds'].ratio)
+    width = [r.high / r.low for r in (even['seconds'], found['seconds'])]
+    # t(2) = 4.30 times 0.0668 / sqrt(3), the error of the mean of three logarithms, on both sides.
+    half = 4.303 * 0.0668 / 3**0.5
+    assert width[1] > width[0]
+    assert found['seconds'].high == pytest.approx(found['seconds'].ratio * math.exp(half), rel=0.02)
+
+
+def test_a_charged_source_keeps_the_spread_of_what_it_is_compared_with():
+    runs = scaled(cells(study(), gain=0.12), 'base', seconds=(0.9, 1.0, 1.1))
+    runs = scaled(runs, 'new', seconds=(0.9, 1.0, 1.1))  # one factor, so that the ratio is sharp
+    found = judge(study(), runs, sources={'new': {'seconds': 10.0}})
+    free, charged = found.at_equal_quality['seconds'], found.source_charged['seconds']
+    assert charged.ratio == pytest.approx(free.ratio + 1.0)
+    assert charged.high - charged.ratio > 10 * (free.high - free.ratio)
 
 
 def test_a_reused_source_is_charged_in_its_own_column():
