@@ -137,6 +137,11 @@ def test_a_study_that_makes_no_sense_is_refused(refused, flags, more, message):
     [
         (['--change', 'seq_len=16'], ["arm 'seq_len-16'", "than 'baseline'", 'other batches']),
         (['--change', 'data.valid_fraction=0.3'], ['valid_fraction-0.3', 'other batches']),
+        (
+            ['--budget=1e8hwflops'],
+            ["arm 'baseline' cannot reach", 'hardware FLOPs are about', 'at least 10'],
+        ),
+        (['--config.seq_len=100000'], ["arm 'baseline'", 'seq_len']),
         (['--budget=300tokens'], ["arm 'baseline' cannot reach the budget", 'at least 10']),
         (
             ['--budget=99steps', '--fractions=0.5,1', '--least_steps=50'],

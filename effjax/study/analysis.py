@@ -160,6 +160,7 @@ def _compare(
         verdict = stats.verdict(interval, study.margin, study.minimised)
         ratio = _ratio(study, arm, final)
         detectable = stats.minimum_detectable(interval.sd, interval.n) if interval.sd else None
+    notes += _short(study, arm, final)
     if interval is not None and interval.n < len(study.seeds) and not broken:
         notes.append(f'{interval.n} of {len(study.seeds)} seeds so far.')
     own = spent.get(study.axis) or 1.0
@@ -422,6 +423,20 @@ def _notes(
             words_ = {'missing': 'not run yet'}.get(status, status)
             whose = sorted({c.arm for c in bad if c.status == status})
             out.append(f'{count} of {len(bad)} runs {words_} ({", ".join(whose)}).')
+    return out
+
+
+def _short(study: Study, arm: Arm, final: Sequence[Cell]) -> list[str]:
+    """Says which arms ran too few steps, where only running could tell."""
+    out = []
+    for name in (study.baseline.name, arm.name):
+        made = [c.costs.get('steps') for c in final if c.arm == name and c.status == 'done']
+        fewest = min((s for s in made if s is not None), default=math.inf)
+        if fewest < study.least_steps:
+            out.append(
+                f'{name} made only {fewest:g} steps in its shortest run (the study asks for '
+                f'{study.least_steps}): a larger budget would tell more.'
+            )
     return out
 
 

@@ -175,9 +175,13 @@ def expectation(
 
     Both come from short runs of the baseline in the folder, or from the stored noise floor of the
     same workload; what is not known is said to be so.
+
+    Raises:
+      StudyError: a budget in time, energy or hardware FLOPs that those runs show to be too small.
     """
     probes = [store.collect(job, folder, study.metric) for job in plan.probes(study).jobs]
     ended = [c for c in probes if c.status == 'done']
+    preflight.reach(study, facts, ended)
     minutes = _minutes(study, facts, folder, ended, batched=batched)
     lines = ['time: not known before something has run here']
     if minutes is not None:

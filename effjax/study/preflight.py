@@ -6,6 +6,8 @@ batches it would be judged on, which must be the same in all arms.
 
 import dataclasses
 import hashlib
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from effjax.core.registry import suggest
 from effjax.costs import EnergyMeter
 from effjax.costs.reference import reference_seconds
 from effjax.study import plan
+from effjax.study.records import Cell
 from effjax.study.spec import AXES, Arm, Study, direction
 from effjax.training import schedules, setup
 from effjax.training.batched import VARYING
@@ -67,6 +70,43 @@ def examine(study: Study) -> dict[str, Facts]:
     return facts
 
 
+def reach(study: Study, facts: Mapping[str, Facts], probes: Sequence[Cell]) -> None:
+    """Checks budgets whose steps only running tells, by what short runs of the baseline spent.
+
+    An arm's step is taken to cost as much more as it has more model FLOPs.
+
+    Args:
+      study: the study.
+      facts: of each arm, from `examine`.
+      probes: finished runs of the baseline; without any nothing is checked.
+
+    Raises:
+      StudyError: an arm that would make too few steps.
+    """
+    first = facts[study.baseline.name]
+    spent = [(c.costs.get(study.axis), c.costs.get('steps')) for c in probes if c.status == 'done']
+    rates = [steps / amount for amount, steps in spent if amount and steps]
+    if not rates or first.steps is not None:
+        return
+    for arm in study.arms:
+        dearer = facts[arm.name].step_flops / first.step_flops
+        steps = study.budget * statistics.median(rates) / dearer
+        _check_steps(study, arm.name, steps, about=True)
+
+
+def _check_steps(study: Study, arm: str, steps: float, *, about: bool = False) -> None:
+    """Checks that an arm's shortest run has enough steps, given those at the full budget."""
+    least = min(study.fractions[0], study.tune_fraction if study.tune_key else 1.0)
+    if steps * least < study.least_steps:
+        raise StudyError(
+            f'arm {arm!r} cannot reach the budget: {study.budget:g} {AXES[study.axis][1]} are '
+            f'{"about " if about else ""}{round(steps)} of its steps '
+            f'({max(0, round(steps * least))} in the shortest run), and every run needs at least '
+            f'{study.least_steps}; raise --budget, make its step smaller, or allow fewer with '
+            '--least_steps.'
+        )
+
+
 def batched(study: Study, facts: dict[str, Facts]) -> bool:
     """Whether runs share a compiled step; see `Study.batched`."""
     if study.axis in ('seconds', 'joules'):
@@ -113,20 +153,19 @@ def _arm(study: Study, arm: Arm) -> Facts:
         digest = _evaluation(study, runtime)
         _check_tuning(study, arm)
         steps = _steps(study, runtime)
+        for stage in runtime.stages:
+            runtime.sampler(stage)  # refuses data that do not fill one row
     except EffjaxError as e:
         raise StudyError(f'arm {arm.name!r}: {e}') from e
     for stage in runtime.stages:
         _check_decay(arm, stage.config['schedule'], last=stage is runtime.stages[-1])
-    least = min(study.fractions[0], study.tune_fraction if study.tune_key else 1.0)
-    if steps is not None and steps * least < study.least_steps:
-        raise StudyError(
-            f'arm {arm.name!r} cannot reach the budget: {study.budget:g} {AXES[study.axis][1]} '
-            f'are {steps} of its steps ({max(0, round(steps * least))} in the shortest run), and '
-            f'every run needs at least {study.least_steps}; raise --budget, make its step smaller, '
-            'or allow fewer with --least_steps.'
-        )
     stage = runtime.stages[0]
     flops = sum(cost.train_flops for cost in runtime.costs(stage).values())
+    if steps is not None:
+        _check_steps(study, arm.name, steps)
+    elif study.axis == 'hardware_flops' and len(runtime.stages) == 1:
+        # What a step executes is known when it is compiled; that it is about what it asks for, now.
+        _check_steps(study, arm.name, study.budget / flops, about=True)
     return Facts(
         params=runtime.params,
         step_flops=float(flops),

@@ -349,6 +349,17 @@ def test_an_untuned_arm_is_noted():
     assert any(n.startswith('new is untuned: its best schedule.peak, 4') for n in found.notes)
 
 
+def test_runs_of_too_few_steps_are_noted():
+    runs = [
+        dataclasses.replace(c, costs={**c.costs, 'steps': (60 if c.arm == 'base' else 40) + c.seed})
+        for c in cells(study())
+    ]
+    notes = judge(study(), runs).notes
+    assert sum('steps in its shortest run' in n for n in notes) == 1
+    assert any(n.startswith('new made only 40 steps in its shortest run') for n in notes)
+    assert not any('shortest run' in n for n in judge(study(least_steps=40), runs).notes)
+
+
 def test_findings_survive_json():
     found = analysis.analyse(study(), cells(study(), gain=0.12), code='c', commands=['x'])
     assert analysis_from_json(to_json(found)) == found

@@ -8,7 +8,7 @@ import pytest
 from effjax.core.errors import StudyError, TrainingError
 from effjax.study import compare as studies
 from effjax.study import execute, plan, preflight, store
-from effjax.study.records import analysis_from_json
+from effjax.study.records import Cell, analysis_from_json
 from effjax.study.spec import Arm, Study
 
 RESOLVED = {'mesh': {}, 'stages': [], 'log': {'wandb': ''}}
@@ -189,6 +189,36 @@ def test_an_arm_whose_tuning_fails_is_shown(study, trained, tmp_path, monkeypatc
     found, _ = run(study, tmp_path)
     assert found.arms['new']['tuning'] is None
     assert any('no value of its grid ended well' in n for n in found.comparisons[0].notes)
+
+
+@pytest.mark.parametrize('axis', ['seconds', 'joules', 'hardware_flops'])
+def test_a_budget_that_only_running_tells_is_checked_by_the_probes(study, axis):
+    timed = dataclasses.replace(study, axis=axis, budget=100.0, fractions=(0.5, 1.0))
+    probe = Cell('base', 'probe', 0, 0.05, {}, 'done', costs={'steps': 20.0, axis: 5.0})
+    unknown = dataclasses.replace(FACTS, steps=None)
+    facts = {'base': unknown, 'new': dataclasses.replace(unknown, step_flops=1.5e6)}
+    preflight.reach(timed, facts, [])  # nothing has run
+    preflight.reach(timed, dict.fromkeys(facts, unknown), [probe])  # 400 steps, 100 for tuning
+    preflight.reach(dataclasses.replace(timed, least_steps=66), facts, [probe])
+    with pytest.raises(StudyError, match=r"arm 'new' cannot.* about 267 of its steps \(67 in the"):
+        preflight.reach(dataclasses.replace(timed, least_steps=70), facts, [probe])
+    slow = dataclasses.replace(probe, costs={'steps': 2.0, axis: 5.0})
+    with pytest.raises(StudyError, match=r"'base' cannot .* about 40 of its steps \(10 in the"):
+        preflight.reach(timed, facts, [slow])
+
+
+def test_too_small_a_budget_in_seconds_stops_after_the_probes(
+    study, trained, tmp_path, monkeypatch
+):
+    import effjax.training.session as session
+
+    train, facts = session.train, dataclasses.replace(FACTS, steps=None)
+    monkeypatch.setattr(session, 'train', lambda c, w: train({**c, 'steps': 2}, w))  # in a second
+    monkeypatch.setattr(preflight, 'examine', lambda study: {a.name: facts for a in study.arms})
+    timed = dataclasses.replace(study, axis='seconds', budget=100.0, batched=False)
+    with pytest.raises(StudyError, match=r"arm 'base' cannot reach the budget: 100 training time"):
+        studies.compare(timed, tmp_path, studies.Options(), say=lambda _: None)
+    assert len(trained) == plan.PROBES
 
 
 def test_a_report_of_nothing_says_so(study, trained, tmp_path):
