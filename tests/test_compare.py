@@ -141,6 +141,14 @@ def test_a_study_that_makes_no_sense_is_refused(refused, flags, more, message):
             ['--budget=1e8hwflops'],
             ["arm 'baseline' cannot reach", 'hardware FLOPs are about', 'at least 10'],
         ),
+        (
+            ['--change', "evals.valid={'batches': 2, 'batch_size': 4}"],
+            ['other batches', 'evals.<name>.batch_size'],
+        ),
+        (
+            ['--change', "evals={'valid': 3} batch_size=16"],
+            ['config.evals.valid must be a block, got 3'],
+        ),
         (['--config.seq_len=100000'], ["arm 'baseline'", 'seq_len']),
         (['--budget=300tokens'], ["arm 'baseline' cannot reach the budget", 'at least 10']),
         (
@@ -271,6 +279,33 @@ def test_a_metric_brings_its_direction_and_its_evaluation(flags):
     study = study_of(flags('--metric=test.accuracy'))
     assert not study.minimised
     assert plan.arm_config(study, study.baseline)['evals']['test']['batches'] == 32
+
+
+def test_an_arm_of_another_batch_size_is_judged_on_the_same_batches(flags, words):
+    def evals(*change, base=()):
+        study = study_of(flags(*base, *(f for c in change for f in ('--change', c))))
+        facts = preflight.examine(study)
+        assert len({f.evaluation for f in facts.values()}) == 1
+        return [plan.arm_config(study, arm)['evals']['valid'] for arm in study.arms]
+
+    plain = {'batches': 2}
+    assert evals('batch_size=16') == [plain, plain, {**plain, 'batch_size': 8}]
+    staged = "stages=[{'share': 0.5, 'batch_size': 4}, {'share': 0.5}]"
+    assert evals(staged)[-1] == {**plain, 'batch_size': 8}
+    own = evals(base=('--config.evals.valid.batch_size=4', '--change', 'batch_size=16'))
+    assert own == [{**plain, 'batch_size': 4}] * 3
+    study = dataclasses.replace(study_of(flags()), tune_key='batch_size', grid=(4, 8, 16))
+    tuned = [job.config['evals']['valid'] for job in plan.tuning(study)[0].jobs]
+    assert [block.get('batch_size', 8) for block in tuned] == [8, 8, 8]
+
+
+def test_arms_of_different_tasks_are_refused(flags, monkeypatch):
+    study = study_of(flags())
+    resolved = [{'task': {'kind': kind}} for kind in ('next_token', 'recall')]
+    facts = [preflight.Facts(1, 1.0, 40, 'same', {}, r) for r in resolved]
+    monkeypatch.setattr(preflight, '_arm', lambda study, arm: facts[study.arms.index(arm)])
+    with pytest.raises(StudyError, match=r"has the task 'recall' and 'baseline' 'next_token', so"):
+        preflight.examine(study)
 
 
 def test_a_grid_is_made_around_the_baselines_own_value(flags):

@@ -63,14 +63,36 @@ class Group:
 def arm_config(study: Study, arm: Arm, extra: Iterable[str] = ()) -> dict[str, Any]:
     """Returns an arm's config, complete but for budget and seed.
 
+    Evaluations that do not say their batch size get that of the baseline's, so that an arm with
+    another batch size is judged on the same batches.
+
     Raises:
       StudyError: the arm's config cannot be loaded; names the arm.
     """
+    config = _load(study, arm, extra)
+    size = _batch_sizes(_load(study, study.baseline))[-1]
+    if set(_batch_sizes(config)) != {size}:
+        config['evals'] = {
+            name: block
+            if not isinstance(block, Mapping) or block.get('batch_size')
+            else {**block, 'batch_size': size}
+            for name, block in config['evals'].items()
+        }
+    return config
+
+
+def _load(study: Study, arm: Arm, extra: Iterable[str] = ()) -> dict[str, Any]:
     overrides = [*study.overrides, *arm.overrides, *extra]
     try:
         return as_dict(load(arm.config or study.config, overrides))
     except ConfigError as e:
         raise StudyError(f'arm {arm.name!r}: {e}') from e
+
+
+def _batch_sizes(config: Mapping[str, Any]) -> list[int]:
+    """Returns the training batch size of each stage; what is no block is refused elsewhere."""
+    whole, stages = config['batch_size'], [s for s in config['stages'] if isinstance(s, Mapping)]
+    return [stage.get('batch_size', whole) for stage in stages] or [whole]
 
 
 def tuning(study: Study) -> list[Group]:

@@ -67,6 +67,13 @@ def examine(study: Study) -> dict[str, Facts]:
                 'compared; give all arms the same held-out data, tokenizer, seq_len and '
                 'evals.<name>.batch_size.'
             )
+        tasks = [f.resolved['task']['kind'] for f in (first, fact)]
+        if tasks[0] != tasks[1]:
+            raise StudyError(
+                f'arm {name!r} has the task {tasks[1]!r} and {study.baseline.name!r} {tasks[0]!r}, '
+                f'so that their {study.metric} are different things; give all arms the same '
+                'task.kind.'
+            )
     return facts
 
 
