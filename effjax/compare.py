@@ -146,7 +146,7 @@ def _from_flags(args: argparse.Namespace, overrides: Sequence[str]) -> 'Study':
     changes = [spec.split_change(text) for text in args.change]
     arms = (spec.Arm('baseline'), *(spec.Arm(spec.arm_name(c), c) for c in changes))
     file = pathlib.Path(args.baseline.partition(':')[0])
-    name = '-'.join([file.stem, *(arm.name for arm in arms[1:])])[:80]
+    name = spec.shortened('-'.join([file.stem, *(arm.name for arm in arms[1:])]), 80)
     study = spec.Study(
         name=name,
         config=args.baseline,

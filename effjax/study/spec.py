@@ -4,16 +4,19 @@ A study file, `experiments/<name>/study.py`, defines `get_study() -> Study`; `py
 effjax.compare` also makes one from a baseline and its changes.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import math
 import pathlib
 import re
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from effjax.core import config as config_lib
-from effjax.core.errors import ConfigError, StudyError
+from effjax.core.errors import ConfigError, EffjaxError, StudyError
 from effjax.core.registry import suggest
 
 # Budget axis -> (unit in config.budget, words). The ledger has a column of the same name.
@@ -142,6 +145,7 @@ def check(study: Study) -> None:
     Raises:
       StudyError: in one sentence, what is wrong and what to do.
     """
+    _check_types(study)
     if study.axis not in AXES:
         raise StudyError(f'no budget axis {study.axis!r}.' + suggest(study.axis, AXES))
     if not study.budget > 0:
@@ -173,7 +177,8 @@ def load(path: str) -> Study:
     """Loads a study file, or the `study.py` of a folder.
 
     Raises:
-      StudyError: no such file, or one without `get_study`.
+      StudyError: no such file, one without `get_study`, one that raises (told with its line), or
+        one that makes no study.
     """
     file = pathlib.Path(path)
     file = file / 'study.py' if file.is_dir() else file
@@ -183,34 +188,89 @@ def load(path: str) -> Study:
     module_spec = importlib.util.spec_from_file_location(f'effjax_study_{file.parent.name}', file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    try:
+    with _told_by_line(file):
         module_spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as e:
-        raise StudyError(f'{file} cannot be loaded: {e}.') from e
     if not hasattr(module, 'get_study'):
         raise StudyError(f'{file} has no function get_study().')
-    study = module.get_study()
+    with _told_by_line(file):
+        study = module.get_study()
+    if not isinstance(study, Study):
+        raise StudyError(
+            f'{file}: get_study() returned a {type(study).__name__}; return an '
+            'effjax.study.spec.Study.'
+        )
     check(study)
     return study
+
+
+@contextlib.contextmanager
+def _told_by_line(file: pathlib.Path) -> Iterator[None]:
+    """Turns whatever a study file raises into one sentence with the line that raised it."""
+    try:
+        yield
+    except EffjaxError:
+        raise
+    except Exception as e:
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
+        line = e.lineno if isinstance(e, SyntaxError) else (lines or [None])[-1]
+        told = e.msg if isinstance(e, SyntaxError) else str(e)
+        raise StudyError(
+            f'{file}{f", line {line}" if line else ""} cannot be loaded: {type(e).__name__}: '
+            f'{" ".join(told.split()).rstrip(".")}; mend that line.'
+        ) from e
 
 
 def split_change(text: str) -> tuple[str, ...]:
     """Splits 'a.b=c d.e={...}' at the blanks that stand before a key; one change is one arm.
 
+    Blanks within quotes or brackets belong to a value.
+
     Raises:
-      StudyError: no `=` in it.
+      StudyError: no `=` in it, or a quote or bracket that does not close.
     """
-    parts = tuple(re.split(r'\s+(?=[A-Za-z_][\w.]*=)', text.strip()))
+    text = text.strip()
+    starts = [0, *_keys_after_blanks(text)]
+    ends = (*starts[1:], len(text))
+    parts = tuple(text[a:b].strip() for a, b in zip(starts, ends, strict=True))
     for part in parts:
         if '=' not in part:
             raise StudyError(f'change {part!r} has no value; write --change KEY=VALUE.')
     return parts
 
 
+def _keys_after_blanks(text: str) -> list[int]:
+    """Returns the blanks, outside of quotes and brackets, that a 'key=' follows."""
+    found, quote, depth = [], '', 0
+    for i, sign in enumerate(text):
+        if quote:
+            quote = '' if sign == quote else quote
+        elif sign in '\'"' and text[i - 1 : i] in tuple('=([{,: '):  # not the one of "it's"
+            quote = sign
+        elif sign in '([{':
+            depth += 1
+        elif sign in ')]}':
+            depth -= 1
+        elif not depth and re.match(r'\s[A-Za-z_][\w.]*=', text[i:]):
+            found.append(i)
+    if quote or depth:
+        what = f'quote {quote}' if quote else 'bracket'
+        raise StudyError(f'change {text!r} has a {what} without its other half; close it.')
+    return found
+
+
 def arm_name(overrides: Sequence[str]) -> str:
     """Returns a name for a change: 'model.ffn.kind=gelu' is 'ffn.kind-gelu'."""
     words = ['-'.join(o.removeprefix('model.').split('=', 1)) for o in overrides]
-    return re.sub(r'[^A-Za-z0-9_.+-]+', '_', '+'.join(words)).strip('_.+-')[:60] or 'changed'
+    name = re.sub(r'[^A-Za-z0-9_.+-]+', '_', '+'.join(words)).strip('_.+-')
+    return shortened(name, 60) or 'changed'
+
+
+def shortened(name: str, most: int) -> str:
+    """Returns a name of at most so many characters; two that are cut stay different."""
+    if len(name) <= most:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f'{name[: most - 9].rstrip("_.+-")}-{digest}'
 
 
 def direction(metric: str) -> bool | None:
@@ -244,6 +304,29 @@ def from_json(saved: dict[str, Any]) -> Study:
 
 def _tuples(saved: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+
+
+def _check_types(study: Study) -> None:
+    """Checks what Python would take apart letter by letter, or not at all."""
+    for arm in study.arms:
+        if not isinstance(arm, Arm):
+            raise StudyError(f"an arm must be an effjax.study.spec.Arm, got {arm!r}; Arm('name').")
+    sides = [
+        ('the study', study.overrides),
+        *((f'arm {a.name!r}', a.overrides) for a in study.arms),
+    ]
+    for who, given in sides:
+        if isinstance(given, str) or not all(isinstance(o, str) for o in given):
+            raise StudyError(
+                f"the overrides of {who} must be a tuple of 'KEY=VALUE', got {given!r}; write "
+                f'({given!r},).'
+                if isinstance(given, str)
+                else f"the overrides of {who} must be a tuple of 'KEY=VALUE', got {given!r}."
+            )
+    for what in ('seeds', 'fractions', 'grid'):
+        given = getattr(study, what)
+        if not isinstance(given, tuple | list):
+            raise StudyError(f'{what} of a study must be a tuple of numbers, got {given!r}.')
 
 
 def _check_names(study: Study) -> None:
