@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from effjax.core.command import parse_with_overrides, quiet_platform, run_command
 from effjax.core.errors import StudyError
+from effjax.study.stopping import Leaving
 
 if TYPE_CHECKING:
     from effjax.study.spec import Study
@@ -29,6 +30,11 @@ _GRID = (0.5, 1.0, 2.0)  # times the baseline's own value, where no grid is give
 def main(argv: Sequence[str]) -> int:
     """The command."""
     args, overrides = _parse(argv)
+    with Leaving():
+        return _obey(args, overrides, argv)
+
+
+def _obey(args: argparse.Namespace, overrides: Sequence[str], argv: Sequence[str]) -> int:
     if args.list and not (args.study or args.baseline):
         print(_studies())
         return 0
@@ -49,7 +55,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(study: 'Study', out: pathlib.Path, args: argparse.Namespace, argv: Sequence[str]) -> int:
     from effjax.study import compare as studies
-    from effjax.study import execute
 
     command = shlex.join(['python', '-m', 'effjax.compare', *argv])
     if args.report_only:
@@ -62,8 +67,7 @@ def _run(study: 'Study', out: pathlib.Path, args: argparse.Namespace, argv: Sequ
             probe=not args.no_probe,
             commands=(command,),
         )
-        with execute.leaving():
-            found = studies.compare(study, out, options, say=_say)
+        found = studies.compare(study, out, options, say=_say)
     for comparison in found.comparisons:
         print(comparison.sentence + (f', at this size ({found.scale})' if found.scale else ''))
     for note in dict.fromkeys([*(n for c in found.comparisons for n in c.notes), *found.notes]):

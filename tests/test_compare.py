@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -414,6 +415,7 @@ def test_a_planted_learning_rate_is_caught_by_tuning(flags, baseline, tmp_path, 
 
 
 STEPS = '--budget=300steps'
+STOPPED = 'error: stopped by SIGTERM; the same command goes on.'
 
 
 @pytest.fixture(scope='module')
@@ -446,7 +448,7 @@ def when_training(process: subprocess.Popen, out: pathlib.Path, runs: int) -> No
 
 
 @pytest.mark.process
-def test_a_study_survives_a_kill(baseline, whole, tmp_path):
+def test_a_study_survives_a_kill_and_a_signal(baseline, whole, tmp_path):
     argv = long_study(baseline)
     process = command(argv, tmp_path)
     when_training(process, tmp_path, 1)
@@ -454,10 +456,45 @@ def test_a_study_survives_a_kill(baseline, whole, tmp_path):
     process.communicate()
     assert not list(tmp_path.rglob('summary.json'))  # in the middle of the first run
     process = command(argv, tmp_path)
+    when_training(process, tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[1]
+    assert process.returncode == 1
+    assert said.splitlines()[-1] == STOPPED
+    assert 'Traceback' not in said
+    assert not (tmp_path / 'analysis.json').exists()
+    process = command(argv, tmp_path)
     out, said = process.communicate()
     assert process.returncode == 0, said
-    assert '[1/4]' in said and out.startswith(whole[0]['sentence'])
+    assert '[1/3]' in said and out.startswith(whole[0]['sentence'])
     assert exact(found(tmp_path)) == whole
+
+
+@pytest.mark.process
+@pytest.mark.parametrize('batched', ['no', 'yes'])
+def test_a_signal_at_any_moment_is_obeyed(flags, tmp_path, capsys, batched):
+    late = []  # signals that came when the command had ended
+    old = signal.signal(signal.SIGTERM, lambda number, frame: late.append(number))
+    argv = flags('--budget=20steps', f'--batched={batched}', '--config.evals.valid.batches=1')
+    try:
+        run(argv, tmp_path / 'first')  # compiles
+        start = time.monotonic()
+        whole = exact(run(argv, tmp_path / 'whole'))
+        seconds = time.monotonic() - start
+        for i in range(4):
+            out, args = tmp_path / str(i), (os.getpid(), signal.SIGTERM)
+            timer = threading.Timer(seconds * (i + 0.5) / 4, os.kill, args)
+            timer.start()
+            code = run_command(compare.main, [*argv, f'--out={out}'])
+            timer.join()
+            said = capsys.readouterr().err
+            if late:
+                late.clear()
+                continue
+            assert (code, said.splitlines()[-1]) == (1, STOPPED), said
+        assert exact(run(argv, tmp_path / '2')) == whole
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 @pytest.mark.process
@@ -476,6 +513,6 @@ def test_a_signal_stops_the_workers_too(baseline, tmp_path):
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[1]
     assert process.returncode == 1
-    assert said.splitlines()[-1] == 'error: stopped by SIGTERM; the same command goes on.'
+    assert said.splitlines()[-1] == STOPPED
     states = {json.loads(f.read_text())['status'] for f in tmp_path.rglob('cell.json')}
     assert states <= {'running', 'done'}

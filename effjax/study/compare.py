@@ -16,6 +16,7 @@ from effjax.study import plan, preflight, records, spec, stats, store
 from effjax.study.execute import Runner
 from effjax.study.records import Analysis, Cell
 from effjax.study.spec import AXES, Study
+from effjax.study.stopping import Leaving
 from effjax.training.files import write_json_atomic, write_text_atomic
 
 Say = Callable[[str], None]
@@ -60,11 +61,15 @@ def compare(
 
     Raises:
       StudyError: a study that cannot be run or judged, or stored results that are not its own.
+      Stopped: a signal came; a `StudyError` too.
     """
-    options = options or Options()
+    with Leaving():
+        return _compare(study, pathlib.Path(out), options or Options(), say)
+
+
+def _compare(study: Study, folder: pathlib.Path, options: Options, say: Say) -> Analysis:
     spec.check(study)
     facts = preflight.examine(study)
-    folder = pathlib.Path(out)
     batched = preflight.batched(study, facts)
     runner = Runner(
         folder,

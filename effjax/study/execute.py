@@ -16,40 +16,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from effjax.core.errors import EffjaxError, StudyError, TrainingError
-from effjax.study import store
+from effjax.core.errors import EffjaxError, TrainingError
+from effjax.study import stopping, store
 from effjax.study.plan import Group, Job
-
-
-class Stopped(StudyError):
-    """A signal asked the study to stop; what is done stays done."""
-
-
-class _Terminated(BaseException):
-    """SIGTERM, outside of a run; no `except Exception` may take it for a run's failure."""
-
-
-@contextlib.contextmanager
-def leaving() -> Iterator[None]:
-    """Turns a SIGTERM at any moment into `Stopped`; a run in progress saves first.
-
-    Raises:
-      Stopped: the signal came.
-    """
-
-    def leave(number: int, frame: Any) -> None:
-        raise _Terminated
-
-    old = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    except _Terminated as error:
-        raise Stopped('stopped by SIGTERM; the same command goes on.') from error
-    finally:
-        signal.signal(signal.SIGTERM, old if old is not None else signal.SIG_DFL)
+from effjax.study.stopping import Stopped
 
 
 class Runner:
@@ -107,6 +80,7 @@ class Runner:
         ]
         if self.devices == ['']:
             for i, (name, jobs) in enumerate(units, 1):
+                stopping.check()
                 self.say(f'[{i}/{len(units)}] {_describe(name, jobs)}')
                 run_jobs(jobs, self.out, self.code, batched=self.batched)
                 self._report(jobs)
@@ -135,8 +109,7 @@ class Runner:
             with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
                 futures = [pool.submit(work, i, *unit) for i, unit in enumerate(units, 1)]
                 try:
-                    for future in concurrent.futures.as_completed(futures):
-                        future.result()
+                    _wait(futures)
                 except BaseException:
                     self._stopping.set()
                     for process in processes:
@@ -209,12 +182,12 @@ def _run_one(job: Job, out: pathlib.Path, code: str) -> None:
     try:
         summary, stopped_by = train(job.config, out / job.folder)
     except Exception as error:
+        stopping.check()  # what a signal broke is no failure
         store.end(job, out, code, _kind(error), _message(error))
         return
     if not stopped_by or summary.get('complete'):
         store.end(job, out, code, 'done')
-    if stopped_by:
-        raise Stopped(f'stopped by {stopped_by}; the same command goes on.')
+    stopping.check(stopped_by)
 
 
 def _run_batched(jobs: Sequence[Job], out: pathlib.Path, code: str) -> None:
@@ -225,15 +198,15 @@ def _run_batched(jobs: Sequence[Job], out: pathlib.Path, code: str) -> None:
             [_on_one_device(j.config) for j in jobs], [out / j.folder for j in jobs]
         )
     except Exception as error:
+        stopping.check()
         for job in jobs:
             store.end(job, out, code, _kind(error), _message(error))
         return
     for job, summary in zip(jobs, summaries, strict=True):
-        if summary.get('stopped_by'):
-            raise Stopped(f'stopped by {summary["stopped_by"]}; the same command goes on.')
-        store.end(
-            job, out, code, 'done' if summary['complete'] else 'diverged', summary.get('error', '')
-        )
+        if not summary.get('stopped_by'):
+            state = 'done' if summary['complete'] else 'diverged'
+            store.end(job, out, code, state, summary.get('error', ''))
+    stopping.check(next((s['stopped_by'] for s in summaries if s.get('stopped_by')), None))
 
 
 def _on_one_device(config: dict[str, Any]) -> dict[str, Any]:
@@ -258,6 +231,16 @@ def _describe(name: str, jobs: Sequence[Job]) -> str:
     if jobs[0].phase == 'tune':
         shown = [f'{key} {", ".join(values)}']
     return f'{name}: {"; ".join(shown)}'
+
+
+def _wait(futures: Iterable[concurrent.futures.Future[None]]) -> None:
+    """Waits for all, or for the first that fails; looks for signals that went unheard."""
+    left = set(futures)
+    while left:
+        done, left = concurrent.futures.wait(left, 1.0, concurrent.futures.FIRST_COMPLETED)
+        for future in done:
+            future.result()
+        stopping.check()
 
 
 def _each(jobs: Sequence[Job]) -> Iterator[list[Job]]:
@@ -339,10 +322,11 @@ class _Process:
 
 
 def worker(order: dict[str, Any]) -> str:
-    """Runs an order of `Runner`; returns 'done' or 'stopped'."""
+    """Runs an order of `Runner`; returns 'done'.
+
+    Raises:
+      Stopped: a signal came.
+    """
     jobs = [Job(**job) for job in order['jobs']]
-    try:
-        run_jobs(jobs, pathlib.Path(order['out']), order['code'], batched=order['batched'])
-    except Stopped:
-        return 'stopped'
+    run_jobs(jobs, pathlib.Path(order['out']), order['code'], batched=order['batched'])
     return 'done'

@@ -5,20 +5,22 @@ import os
 import sys
 
 from effjax.core.command import quiet_platform
+from effjax.study.stopping import Leaving, Stopped
 
 
 def main() -> int:
     """Runs an order a line, and answers each with a line; standard output carries nothing else."""
-    quiet_platform()
-    from effjax.study.execute import worker
-
     with os.fdopen(os.dup(1), 'w') as answers:
         os.dup2(2, 1)  # what a run prints goes with the errors
-        for line in sys.stdin:
-            answer = worker(json.loads(line))
-            print(answer, file=answers, flush=True)
-            if answer == 'stopped':
-                break
+        try:
+            with Leaving():
+                quiet_platform()
+                from effjax.study.execute import worker
+
+                for line in sys.stdin:
+                    print(worker(json.loads(line)), file=answers, flush=True)
+        except Stopped:
+            print('stopped', file=answers, flush=True)
     return 0
 
 

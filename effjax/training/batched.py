@@ -33,6 +33,7 @@ import numpy as np
 from effjax import data, parallel
 from effjax.core.config import as_dict, check_form, extent
 from effjax.core.errors import ConfigError
+from effjax.core.signals import Stop
 from effjax.costs import Clock, EnergyMeter, Ledger
 from effjax.data.packing import Batch, Position
 from effjax.data.sampler import RowIndex, Sampler
@@ -44,7 +45,6 @@ from effjax.training.files import write_json_atomic
 from effjax.training.metrics import MetricsWriter
 from effjax.training.progress import make_progress
 from effjax.training.runtime import Runtime
-from effjax.training.signals import Stop
 from effjax.training.stages import Stage, plan
 
 VARYING = ('seed', 'init_seed', 'schedule', 'name')  # what the runs of a group may differ in

@@ -21,6 +21,7 @@ import numpy as np
 
 from effjax import parallel
 from effjax.core.errors import CheckpointError, ConfigError, TrainingError
+from effjax.core.signals import Stop
 from effjax.costs import Clock, EnergyMeter, Ledger, meters
 from effjax.kernels import choices
 from effjax.training import evaluate, resume, schedules
@@ -30,7 +31,7 @@ from effjax.training.files import plain, write_json_atomic
 from effjax.training.metrics import FILE, MetricsWriter, last_row
 from effjax.training.progress import human, make_progress
 from effjax.training.runtime import Runtime
-from effjax.training.signals import Agreement, Stop
+from effjax.training.signals import Agreement
 from effjax.training.stages import Stage
 
 WASTED = 'wasted.json'
