@@ -333,7 +333,11 @@ def _row(method: str, folder: str, study: Analysis, c: Comparison, link: str) ->
         charged = c.source_charged.get(study.axis)
         saving = f'source free {saving}, source charged {_saving(charged)}'
         bounds = f'source free {bounds}, source charged {_bounds(charged)}'
-    cells = [method, f'{c.verdict}: {saving} of {tables.words(study.axis)}', bounds,
+    doubt = tables.untuned(study, c)
+    found = f'{c.verdict}: {saving} of {tables.words(study.axis)}' + (
+        f' ({doubt})' if doubt else ''
+    )
+    cells = [method, found, f'{bounds}, n = {tables.pairs_done(c)}',
              tables.hardware(study), study.scale, study.date]  # fmt: skip
     return [*map(markdown.text, cells), f'{link}, [study](../{folder}/{REPORT})']
 

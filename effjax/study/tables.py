@@ -188,11 +188,11 @@ def failures(study: Analysis) -> Table:
 
 
 def environment(study: Analysis) -> Table:
-    """Returns device, versions and flags; all values where runs differ."""
+    """Returns device, versions and flags; all values where runs differ. When is no environment."""
     seen: dict[str, dict[str, None]] = {}
     for cell in study.cells:
         for key, found in cell.environment.items():
-            if found not in ('', None):
+            if found not in ('', None) and key != 'finished':
                 seen.setdefault(key, {})[str(found)] = None
     rows = [[key, '; '.join(values)] for key, values in seen.items()]
     rows += [['code version', study.code or UNKNOWN]]
@@ -282,6 +282,16 @@ def mean_cost(study: Analysis, arm: str, column: str, seeds: Iterable[int] = ())
 def pairs_done(comparison: Comparison) -> int:
     """Returns how many pairs ended well."""
     return sum(known(base) and known(other) for _, base, other in comparison.pairs)
+
+
+def untuned(study: Analysis, comparison: Comparison) -> str:
+    """Returns what the tuning of a comparison leaves open: 'untuned: a and b', or ''."""
+    sides = (comparison.baseline, comparison.arm)
+    tunings: dict[str, Tuning | None] = {n: study.arms.get(n, {}).get('tuning') for n in sides}
+    if not any(tunings.values()):
+        return 'nothing tuned'
+    open_ = [name for name, found in tunings.items() if found is None or found.untuned]
+    return f'untuned: {" and ".join(open_)}' if open_ else ''
 
 
 def hardware(study: Analysis) -> str:

@@ -124,12 +124,19 @@ def test_the_table(make_analysis):
     assert '2 of 3 methods are measured.' in page
     rows = [line.strip('| ').split(' | ') for line in page.splitlines() if line.startswith('|')]
     assert rows[2][:6] == [
-        'palm', 'win: 12.7 % (1.15x) of model FLOPs', '9.6 to 15.8 % (1.11x to 1.19x)',
+        'palm', 'win: 12.7 % (1.15x) of model FLOPs', '9.6 to 15.8 % (1.11x to 1.19x), n = 3',
         'NVIDIA H200', '10.0M parameters, 32.8M tokens of Python source', '2026-11-03',
     ]  # fmt: skip
     assert rows[3][1:3] == [
-        'inconclusive: at most 0.0 % (at most 1.00x) of model FLOPs', 'outside the budgets run',
+        'inconclusive: at most 0.0 % (at most 1.00x) of model FLOPs (untuned: parallel-block)',
+        'outside the budgets run, n = 2',
     ]  # fmt: skip
+    untried = {arm: {**row, 'tuning': None} for arm, row in study.arms.items()}
+    page = card.verdicts_page({FOLDER: dataclasses.replace(study, arms=untried)}, MEASURED, [])
+    assert '| palm | win: 12.7 % (1.15x) of model FLOPs (nothing tuned) |' in page
+    untried['gelu'] = study.arms['gelu']
+    page = card.verdicts_page({FOLDER: dataclasses.replace(study, arms=untried)}, MEASURED, [])
+    assert '| palm | win: 12.7 % (1.15x) of model FLOPs (untuned: swiglu) |' in page
     assert rows[4] == ['albert', 'not measured', '–', '–', '–', '–', 'no card']
     (charged,) = [
         line
@@ -147,7 +154,7 @@ def test_what_could_not_be_told_reads_so(make_analysis):
     )
     study = dataclasses.replace(study, comparisons=[refused])
     page = card.verdicts_page({FOLDER: study}, MEASURED, [])
-    assert '| palm | refused: cannot tell of model FLOPs | – |' in page
+    assert '| palm | refused: cannot tell of model FLOPs | –, n = 3 |' in page
 
 
 def test_published_results_are_small_and_complete(make_analysis, tmp_path):

@@ -112,6 +112,18 @@ def test_costs_are_means_at_the_full_budget_and_the_unknown_is_never_zero(make_a
     assert rows['training time'][-1] == f'{(0.051 * 2128 * 0.94 + 0.5) / (0.051 * 2000 + 0.5):.3f}x'
 
 
+def test_when_a_run_ended_is_no_difference_of_environment(make_analysis):
+    study = make_analysis()
+    cells = [
+        dataclasses.replace(c, environment={**c.environment, 'finished': f'2026-11-03T00:{i:02}'})
+        for i, c in enumerate(study.cells)
+    ]
+    cells[0] = dataclasses.replace(cells[0], environment={**cells[0].environment, 'jax': '0.13.0'})
+    rows = dict(tables.environment(dataclasses.replace(study, cells=cells)).rows)
+    assert 'finished' not in rows
+    assert rows['jax'] == '0.13.0; 0.12.0'
+
+
 def test_failed_arms_keep_their_place(make_analysis, tmp_path):
     study = make_analysis(bad=False)
     blank = {'status': 'failed', 'error': 'no <memory>', 'value': None, 'curve': []}
