@@ -15,7 +15,10 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import sys
+from collections.abc import Sequence
 
+from effjax.core.command import run_command
 from effjax.study import analysis, plan, store
 from effjax.study.compare import Options, compare
 from effjax.study.execute import Runner
@@ -23,6 +26,7 @@ from effjax.study.plan import Group, Job
 from effjax.study.records import Cell, Comparison
 from effjax.study.spec import Arm, Study
 from effjax.training.files import write_json_atomic
+from experiments.aa.run import differences
 from experiments.workloads import LM_TINY
 
 HANDICAP = 1.1  # what a step of the handicapped arm costs over one of the baseline
@@ -77,12 +81,12 @@ def learning_rate(args: argparse.Namespace, *, tuned: bool) -> Comparison:
     return compare(study, args.out / study.name, Options(probe=False)).comparisons[0]
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--seeds', type=int, default=5)
     parser.add_argument('--budget', type=float, default=0.5, help='share of the workload’s')
     parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/planted'))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     found = {
         'handicap': handicap(args),
         'untuned': learning_rate(args, tuned=False),
@@ -100,14 +104,15 @@ def main() -> None:
         **{
             name: {
                 'verdict': found[name].verdict,
-                'differences': [b - a for _, a, b in found[name].pairs if None not in (a, b)],
+                'differences': differences(found[name]),
             }
             for name in ('untuned', 'tuned')
         },
     }
     write_json_atomic(args.out / 'planted.json', result)
     print(json.dumps(result))
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(main, sys.argv[1:]))
