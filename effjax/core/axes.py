@@ -27,6 +27,7 @@ AXES = (
     'expert',
     'state',  # recurrent state
     'conv',  # convolution taps
+    'rank',  # inner dimension of a product of two small matrices
     'patch',  # pixels of a patch
     'classes',
 )

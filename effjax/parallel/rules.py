@@ -32,6 +32,7 @@ DEFAULT_RULES: Rules = {
     'expert': ('expert',),
     'state': (),
     'conv': (),
+    'rank': (),
     'patch': (),
     'classes': (),
 }

@@ -38,6 +38,8 @@ CONFIGS = {
     ],
     'deltanet': [{'heads': 2, 'key_dim': 4, 'value_dim': 8, 'chunk': 5}],
     'gated_deltanet': [{'heads': 2, 'key_dim': 5, 'value_dim': 7, 'chunk': 4, 'negative': True}],
+    'gla': [{'heads': 2, 'key_dim': 5, 'conv': 3}],
+    'retnet': [{'heads': 2}],
     'shaped_attention': [{'heads': 2}],
 }
 # The same properties for more configs, in the tier `ci`.
@@ -45,6 +47,8 @@ MORE = {
     'attention': [{'heads': 3, 'kv_heads': 1, 'head_dim': 6, 'implementation': 'reference'}],
     'deltanet': [{'heads': 3, 'gate': True, 'conv': 0, 'implementation': 'reference'}],
     'gated_deltanet': [{'heads': 1, 'chunk': 1, 'conv': 0}, {'heads': 2, 'gate': False}],
+    'gla': [{'heads': 3, 'implementation': 'reference', 'temperature': 0.5}],
+    'retnet': [{'heads': 1, 'key_dim': 4, 'value_dim': 3, 'conv': 2}],
     'shaped_attention': [{'heads': 2, 'values': True, 'qk_norm': True}],
 }
 CASES = [

@@ -23,5 +23,7 @@ MIXERS = {
     'attention': 'effjax.layers.mixers.attention:Attention',
     'deltanet': 'effjax.layers.mixers.deltanet:DeltaNet',
     'gated_deltanet': 'effjax.layers.mixers.gated_deltanet:GatedDeltaNet',
+    'gla': 'effjax.layers.mixers.gla:GLA',
+    'retnet': 'effjax.layers.mixers.retnet:RetNet',
     'shaped_attention': 'effjax.layers.mixers.shaped:ShapedAttention',
 }

@@ -1,0 +1,171 @@
+"""Mixers over a matrix that decays, each against its paper's equations in numpy, float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from effjax.core.context import Context
+from effjax.core.errors import ConfigError
+from effjax.core.info import SeqInfo
+from effjax.core.policy import Policy
+from effjax.core.registry import arguments, check_block
+from effjax.layers.mixers import MIXERS
+
+WIDTH, LENGTH, HEADS = 12, 9, 2
+IDS = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 2, 2, 3, 3, 0, 0]], np.int32)
+
+
+def make(kind, causal=True, width=WIDTH, **kw):
+    block = {'kind': kind, 'heads': HEADS, **kw}
+    ctx = Context(width=width, policy=Policy(), causal=causal, init='lecun', depth=2, max_len=32)
+    component = check_block(MIXERS, block, 'mixer', 'mixer')
+    return component(ctx, **arguments(block), rngs=nnx.Rngs(0))
+
+
+def run(kind, paper, **kw):
+    """Ours with random parameters against `paper(parameters, x [T, D])`, document by document."""
+    mixer = make(kind, **kw)
+    graphdef, params = nnx.split(mixer)
+    rng = np.random.default_rng(0)
+    params = nnx.to_pure_dict(params)
+    params = jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(np.float32), params)
+    x = rng.normal(size=(2, LENGTH, mixer.width)).astype(np.float32)
+    positions = np.array([[np.sum(r[:t] == r[t]) for t in range(LENGTH)] for r in IDS], np.int32)
+    info = SeqInfo(jnp.asarray(positions), jnp.asarray(IDS))
+    y = np.asarray(nnx.merge(graphdef, params)(jnp.asarray(x), info=info)[0])
+    wide = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
+    for row, document in ((0, 1), (0, 2), (1, 1), (1, 2), (1, 3)):
+        at = IDS[row] == document
+        expected = paper(wide, np.float64(x[row, at]))
+        np.testing.assert_allclose(y[row, at], expected, atol=2e-5, rtol=2e-4)
+    return mixer
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def heads(p, x):
+    return np.einsum('td,dhk->thk', x, p['linear']['kernel'])
+
+
+def conv(p, x):
+    """[T, H, K] with the taps [N, H, K], oldest first."""
+    taps = p['conv']['kernel']
+    padded = np.concatenate([np.zeros((len(taps) - 1, *x.shape[1:])), x])
+    return np.stack([np.sum(taps * padded[t : t + len(taps)], 0) for t in range(len(x))])
+
+
+def rms(x, eps=0.0):
+    return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + eps)
+
+
+def turn(x):
+    """Rotary positions on [T, H, K]."""
+    half = x.shape[-1] // 2
+    angle = np.arange(len(x))[:, None, None] * 10000.0 ** (-np.arange(half) / half)
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def retnet(p, x):
+    """The paper's parallel form with all three normalisations of its scores."""
+    q, k, v = (heads(p['inputs'][name], x) for name in ('query', 'key', 'value'))
+    q, k = turn(q), turn(k) * k.shape[-1] ** -0.5
+    out = np.zeros_like(v)
+    for h in range(HEADS):
+        i, j = np.indices((len(x), len(x)))
+        d = np.where(i >= j, (1 - 2.0 ** (-5 - h)) ** np.maximum(i - j, 0), 0)
+        scores = q[:, h] @ k[:, h].T * d / np.sqrt(d.sum(1, keepdims=True))
+        scores /= np.maximum(np.abs(scores.sum(1, keepdims=True)), 1)
+        out[:, h] = rms(scores @ v[:, h])
+    out *= silu(heads(p['gate'], x))
+    return np.einsum('thv,hvd->td', out, p['out']['kernel'])
+
+
+def gla(p, x, convolved=False):
+    q, k, v = (heads(p['inputs'][name], x) for name in ('query', 'key', 'value'))
+    if convolved:
+        names = ('query', 'key', 'value')
+        q, k, v = (conv(p['inputs'][n], y) for n, y in zip(names, (q, k, v), strict=True))
+    low = x @ p['decay_in']['kernel']
+    logits = np.einsum('tr,rhk->thk', low, p['decay_out']['kernel']) + p['decay_bias']
+    alpha = sigmoid(logits) ** (1 / 16)
+    out = np.zeros_like(v)
+    for h in range(HEADS):
+        s = np.zeros((q.shape[-1], v.shape[-1]))
+        for t in range(len(x)):
+            s = alpha[t, h][:, None] * s + np.outer(k[t, h], v[t, h])
+            out[t, h] = q[t, h] @ s / np.sqrt(q.shape[-1])
+    out = rms(out, 1e-6) * p['norm']['scale'] * silu(heads(p['gate'], x))
+    return np.einsum('thv,hvd->td', out, p['out']['kernel'])
+
+
+def weighted(p, x, score):
+    """Attention with weights score(q, k) >= 0, one pair after another."""
+    q, k, v = (heads(p['inputs'][name], x) for name in ('query', 'key', 'value'))
+    out = np.zeros_like(v)
+    for h in range(HEADS):
+        for i in range(len(x)):
+            weights = np.array([score(q[i, h], k[j, h]) for j in range(i + 1)])
+            out[i, h] = weights @ v[: i + 1, h] / weights.sum()
+    return np.einsum('thv,hvd->td', out, p['out']['kernel'])
+
+
+def elu_score(q, k):
+    q, k = (np.where(x > 0, x + 1, np.exp(x)) for x in (q, k))
+    return q @ k
+
+
+def taylor_score(q, k):
+    s = q @ k / np.sqrt(len(q))
+    return 1 + s + s**2 / 2
+
+
+def test_linear_attention():
+    run('linear_attention', lambda p, x: weighted(p, x, elu_score))
+    run('linear_attention', lambda p, x: weighted(p, x, elu_score), key_dim=3, value_dim=5)
+
+
+def test_based():
+    mixer = run('based', lambda p, x: weighted(p, x, taylor_score), key_dim=5)
+    assert mixer.feature_count == 21  # the paper's 1 + 5 + 25 with equal products joined
+    assert make('based').feature_count == 153
+
+
+def test_retnet():
+    mixer = run('retnet', retnet, eps=1e-12)
+    # Of the paper: values twice as wide as keys.
+    assert mixer.value_dim == 2 * mixer.key_dim == 2 * WIDTH // HEADS
+    np.testing.assert_allclose(np.exp(mixer.log_decay), [1 - 1 / 32, 1 - 1 / 64])
+
+
+def test_gla():
+    mixer = run('gla', gla)
+    assert mixer.value_dim == 2 * mixer.key_dim == WIDTH // HEADS
+    run('gla', lambda p, x: gla(p, x, convolved=True), conv=3, value_dim=5)
+
+
+@pytest.mark.parametrize('kind', ['retnet', 'gla', 'linear_attention', 'based'])
+@pytest.mark.parametrize('heads', [0, 5])
+def test_heads_that_do_not_fit_are_said(kind, heads):
+    with pytest.raises(ConfigError, match=f'{kind}: .*heads {heads} do not divide width 12'):
+        make(kind, heads=heads)
+
+
+def test_sizes_that_cannot_be_are_said():
+    for kind, kw, message in (
+        ('retnet', {'key_dim': 3}, 'retnet: key_dim must be even'),
+        ('based', {'key_dim': 0}, 'based: key_dim is at least 1'),
+        ('linear_attention', {'eps': 0.0}, 'linear_attention: eps is above 0'),
+        ('gla', {'rank': 0}, 'gla: rank is at least 1'),
+        ('gla', {'temperature': 0.0}, 'temperature above 0'),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make(kind, **kw)
