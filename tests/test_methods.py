@@ -30,7 +30,7 @@ def test_a_row_is_backed(name, repository):
 @pytest.mark.parametrize('name', METHODS)
 def test_a_rows_config_builds(name, repository):
     config = config_lib.as_dict(load(METHODS[name], repository))
-    if not config['model'].get('vocab_size') and config['model']['kind'] == 'decoder':
+    if not config['model'].get('vocab_size') and config['model']['kind'] in ('decoder', 'encoder'):
         config['model']['vocab_size'] = 512
     if config['model']['kind'] == 'vit':
         config['model'] = {'image_size': 8, 'channels': 1, 'classes': 10, **config['model']}

@@ -15,6 +15,7 @@ from effjax.models.setup import Execution, Setup
 
 MODELS = {
     'decoder': 'effjax.models.decoder:Decoder',
+    'encoder': 'effjax.models.encoder:Encoder',
     'vit': 'effjax.models.vit:ViT',
 }
 
