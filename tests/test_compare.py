@@ -201,6 +201,37 @@ def test_stored_results_that_are_not_its_own(flags, tmp_path, capsys, what):
     assert not (tmp_path / 'study.json').exists()
 
 
+@pytest.mark.parametrize('split', ['training', 'held-out'])
+def test_results_of_data_that_changed_are_refused(flags, words, tmp_path, capsys, split):
+    sides = {'training': tmp_path / 'train', 'held-out': tmp_path / 'valid'}
+    for i, folder in enumerate(sides.values()):
+        folder.mkdir()
+        for file in sorted(words.iterdir())[30 * i : 30 * (i + 1)]:
+            (folder / file.name).write_text(file.read_text())
+    data = {'kind': 'text', 'path': str(sides['training']), 'tokenizer': {'kind': 'byte'}}
+    data['valid_path'] = str(sides['held-out'])
+    out = tmp_path / 'out'
+    argv = flags(f'--config.data={data!r}', f'--out={out}')
+    study = study_of(argv)
+    inputs = preflight.examine(study)['baseline'].inputs
+    assert set(inputs) == {'data', 'evaluation valid'}
+    job = plan.final(study, study.baseline, {})[0].jobs[0]
+    store.begin(job, out, plan.code_version(), inputs)
+    changed = sorted(sides[split].iterdir())[0]
+    changed.write_text(changed.read_text() + ' the cat sees snow.')
+    assert run_command(compare.main, argv) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f'error: {out / job.folder} was made before the training data changed')
+    assert str(sides['training']) in said and 'give another --out' in said
+    judged = inputs.pop('data') and preflight.examine(study)['baseline'].inputs['evaluation valid']
+    assert (judged == inputs['evaluation valid']) == (split == 'training')
+    if split == 'held-out':  # the batches that count have a digest of their own
+        store.begin(job, out, plan.code_version(), inputs)
+        assert run_command(compare.main, argv) == 1
+        said = capsys.readouterr().err
+        assert f'before the held-out data changed: {sides[split]} holds something else now' in said
+
+
 def test_a_signal_before_any_run_leaves_in_one_line(refused, flags, monkeypatch):
     handler = signal.getsignal(signal.SIGTERM)
 

@@ -78,6 +78,7 @@ def _compare(study: Study, folder: pathlib.Path, options: Options, say: Say) -> 
         devices=_devices(options.workers),
         any_code=options.any_code,
         retry_failed=options.retry_failed,
+        inputs={name: fact.inputs for name, fact in facts.items()},
         say=say,
     )
     for line in overview(study, facts, batched=batched):
@@ -104,7 +105,7 @@ def report(study: Study, out: str | pathlib.Path, commands: Sequence[str] = ()) 
       commands: what makes the study again.
 
     Raises:
-      StudyError: nothing has been run yet.
+      StudyError: nothing has been run yet, or runs were judged on different data.
     """
     from effjax.study import markdown
     from effjax.study import report as html
@@ -113,7 +114,9 @@ def report(study: Study, out: str | pathlib.Path, commands: Sequence[str] = ()) 
     cells = collect(study, folder)
     if all(c.status == 'missing' for c in cells):
         raise StudyError(f'{folder} holds no finished run of {study.name}; run the study first.')
-    codes = sorted({c for job in _jobs(study, cells) if (c := store.code_of(job, folder))})
+    jobs = _jobs(study, cells)
+    _check_judged_alike(study, folder, jobs)
+    codes = sorted({code for job in jobs for code in store.codes_of(job, folder)})
     notes = []
     if len(codes) > 1:
         notes.append(
@@ -216,6 +219,23 @@ def _finals(study: Study, cells: Sequence[Cell]) -> list[plan.Group]:
 
 def _jobs(study: Study, cells: Sequence[Cell]) -> list[plan.Job]:
     return [job for g in [*plan.tuning(study), *_finals(study, cells)] for job in g.jobs]
+
+
+def _check_judged_alike(study: Study, folder: pathlib.Path, jobs: Sequence[plan.Job]) -> None:
+    """Refuses finished runs whose metric was taken on different batches."""
+    key = f'evaluation {preflight.evaluation_of(study)}'
+    first: dict[str, plan.Job] = {}
+    for job in jobs:
+        found = store.note(job, folder)
+        digest = found.get('inputs', {}).get(key)
+        if digest and found['status'] == 'done' and found['digest'] == job.digest:
+            first.setdefault(digest, job)
+    if len(first) > 1:
+        one, other, *_ = (folder / job.folder for job in first.values())
+        raise StudyError(
+            f'{one} and {other} were judged on different held-out data, so that their '
+            f'{study.metric} cannot be compared; run the study again in another --out.'
+        )
 
 
 def _devices(workers: int) -> list[str]:

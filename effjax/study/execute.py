@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from effjax.core.errors import EffjaxError, TrainingError
@@ -36,6 +36,8 @@ class Runner:
         environment alone); a single entry '' runs in this process.
       any_code: accept stored results of another code version.
       retry_failed: run again what failed or diverged.
+      inputs: arm -> digests of what its config reads (`preflight.Facts`); arms that are not
+        named are not checked.
       say: takes a line for the user.
     """
 
@@ -48,28 +50,33 @@ class Runner:
         devices: Sequence[str] = ('',),
         any_code: bool = False,
         retry_failed: bool = False,
+        inputs: Mapping[str, Mapping[str, str]] | None = None,
         say: Callable[[str], None] = print,
     ):
         self.out, self.code, self.batched = out, code, batched
         self.devices, self.say = list(devices), say
         self._any_code, self._retry = any_code, retry_failed
+        self.inputs = {arm: dict(found) for arm, found in (inputs or {}).items()}
         self._stopping = threading.Event()
 
     def missing(self, group: Group) -> list[Job]:
         """Returns the jobs of a group that still have to run.
 
         Raises:
-          StudyError: a stored result of another config or code version.
+          StudyError: a stored result of another config, other data or another code version.
         """
         again = ('missing', 'running', *(('failed', 'diverged') if self._retry else ()))
-        states = (store.status(j, self.out, self.code, any_code=self._any_code) for j in group.jobs)
-        return [job for job, state in zip(group.jobs, states, strict=True) if state in again]
+        return [job for job in group.jobs if self._status(job) in again]
+
+    def _status(self, job: Job) -> str:
+        made = self.inputs.get(job.arm)
+        return store.status(job, self.out, self.code, any_code=self._any_code, inputs=made)
 
     def run(self, groups: Sequence[Group]) -> None:
         """Runs all that is missing of some groups, one after another or side by side.
 
         Raises:
-          StudyError: a stored result of another config or code version.
+          StudyError: a stored result of another config, other data or another code version.
           Stopped: a signal came.
         """
         todo = [(group.name, jobs) for group in groups if (jobs := self.missing(group))]
@@ -82,7 +89,7 @@ class Runner:
             for i, (name, jobs) in enumerate(units, 1):
                 stopping.check()
                 self.say(f'[{i}/{len(units)}] {_describe(name, jobs)}')
-                run_jobs(jobs, self.out, self.code, batched=self.batched)
+                run_jobs(jobs, self.out, self.code, batched=self.batched, inputs=self.inputs)
                 self._report(jobs)
         elif units:
             self._side_by_side(units)
@@ -125,6 +132,7 @@ class Runner:
             'out': self.out.as_posix(),
             'code': self.code,
             'batched': self.batched,
+            'inputs': self.inputs,
             'jobs': [vars(job) for job in jobs],
         }
         answer = process.ask(order)
@@ -143,15 +151,29 @@ class Runner:
                 self.say(f'    seed {job.seed} {note["status"]}: {note["error"]}')
 
 
-def run_jobs(jobs: Sequence[Job], out: pathlib.Path, code: str, *, batched: bool) -> None:
+def run_jobs(
+    jobs: Sequence[Job],
+    out: pathlib.Path,
+    code: str,
+    *,
+    batched: bool,
+    inputs: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
     """Runs jobs in this process and notes how each ended.
+
+    Args:
+      jobs: runs of one group.
+      out: the study's folder.
+      code: digest of the code that runs.
+      batched: whether they share one compiled step.
+      inputs: arm -> digests of what its config reads.
 
     Raises:
       Stopped: a signal came.
     """
     share_programs()
     for job in jobs:
-        store.begin(job, out, code)
+        store.begin(job, out, code, (inputs or {}).get(job.arm))
     with _quiet():
         if batched and len(jobs) > 1:
             _run_batched(jobs, out, code)
@@ -328,5 +350,6 @@ def worker(order: dict[str, Any]) -> str:
       Stopped: a signal came.
     """
     jobs = [Job(**job) for job in order['jobs']]
-    run_jobs(jobs, pathlib.Path(order['out']), order['code'], batched=order['batched'])
+    out, shared = pathlib.Path(order['out']), {k: order[k] for k in ('batched', 'inputs')}
+    run_jobs(jobs, out, order['code'], **shared)
     return 'done'

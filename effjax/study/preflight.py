@@ -6,6 +6,7 @@ batches it would be judged on, which must be the same in all arms.
 
 import dataclasses
 import hashlib
+import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,6 +41,8 @@ class Facts:
       evaluation: digest of the batches that the metric is taken on.
       data: the data in words.
       resolved: the config with what the data knows filled in.
+      inputs: digests of the content behind the config, which may change while the config stays:
+        'data', 'evaluation NAME', and 'reference', the table of reference time.
     """
 
     params: int
@@ -48,6 +51,7 @@ class Facts:
     evaluation: str
     data: dict[str, Any]
     resolved: dict[str, Any]
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def examine(study: Study) -> dict[str, Facts]:
@@ -180,7 +184,21 @@ def _arm(study: Study, arm: Arm) -> Facts:
         evaluation=digest,
         data=as_dict(runtime.dataset.info.description),
         resolved=as_dict(runtime.config),
+        inputs=_inputs(study, runtime, digest),
     )
+
+
+def _inputs(study: Study, runtime: Runtime, evaluation: str) -> dict[str, str]:
+    found = {'data': runtime.data_digest, f'evaluation {evaluation_of(study)}': evaluation}
+    if runtime.config['reference']:
+        table = pathlib.Path(runtime.config['reference']).read_bytes()
+        found['reference'] = hashlib.sha256(table).hexdigest()[:16]
+    return found
+
+
+def evaluation_of(study: Study) -> str:
+    """Returns the name of the evaluation that a study's metric is taken on."""
+    return study.metric.partition('.')[0]
 
 
 def _check_tuning(study: Study, arm: Arm) -> None:

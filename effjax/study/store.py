@@ -4,8 +4,8 @@
     runs/ARM/PHASE/SHARE/[SETTING/]seed_N/   ordinary runs, each with a cell.json beside its files
     analysis.json report.html report.md
 
-`cell.json` names the config and the code that made a run. A result of another config or another
-code version is never mixed in silently.
+`cell.json` names the config, the code and the data that made a run. A result of another config,
+other data or another code version is never mixed in silently.
 """
 
 import json
@@ -22,19 +22,37 @@ from effjax.training.files import write_json_atomic
 FILE = 'cell.json'
 
 
-def begin(job: Job, out: pathlib.Path, code: str) -> None:
-    """Notes that a run has begun, before it writes anything of its own."""
+def begin(job: Job, out: pathlib.Path, code: str, inputs: Mapping[str, str] | None = None) -> None:
+    """Notes that a run has begun, before it writes anything of its own.
+
+    Args:
+      job: the run.
+      out: the study's folder.
+      code: digest of the code that runs; a run that goes on from a checkpoint keeps those before.
+      inputs: digests of what its config reads, as `preflight.Facts`.
+    """
     folder = out / job.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(job, folder, code, 'running', '')
+    goes_on = any((folder / 'checkpoints').glob('*'))
+    before = codes_of(job, out) if goes_on else []
+    codes = [*(c for c in before if c != code), code]
+    _write(job, folder, {'codes': codes, 'inputs': dict(inputs or {})}, 'running', '')
 
 
 def end(job: Job, out: pathlib.Path, code: str, status: str, error: str = '') -> None:
     """Notes how a run ended: 'done', 'diverged' or 'failed'."""
-    _write(job, out / job.folder, code, status, ' '.join(error.split()))
+    began = note(job, out)
+    made = {'codes': began.get('codes') or [code], 'inputs': began.get('inputs', {})}
+    _write(job, out / job.folder, made, status, ' '.join(error.split()))
 
 
-def status(job: Job, out: pathlib.Path, code: str, *, any_code: bool = False) -> str:
+def status(
+    job: Job,
+    out: pathlib.Path,
+    code: str,
+    *,
+    any_code: bool = False,
+    inputs: Mapping[str, str] | None = None,
+) -> str:
     """Returns 'missing', 'running' (begun, not ended), 'done', 'diverged' or 'failed'.
 
     Args:
@@ -42,9 +60,11 @@ def status(job: Job, out: pathlib.Path, code: str, *, any_code: bool = False) ->
       out: the study's folder.
       code: digest of the code that runs now.
       any_code: accept results of another code version.
+      inputs: digests of what its config reads now; what an older note lacks is not compared.
 
     Raises:
-      StudyError: the folder holds another config's result, or another code version's.
+      StudyError: the folder holds another config's result, or one of other data or another code
+        version.
     """
     found = _read(out / job.folder / FILE)
     if found is None:
@@ -54,6 +74,7 @@ def status(job: Job, out: pathlib.Path, code: str, *, any_code: bool = False) ->
             f'{out / job.folder} holds the result of another config (the study or a config file '
             'was changed since); give another --out, or delete that folder.'
         )
+    _check_inputs(job, out / job.folder, found.get('inputs', {}), inputs or {})
     if found['code'] != code and not any_code:
         raise StudyError(
             f'{out / job.folder} was made by another version of the code ({found["code"]}, now '
@@ -65,24 +86,47 @@ def status(job: Job, out: pathlib.Path, code: str, *, any_code: bool = False) ->
     return str(found['status'])
 
 
-def code_of(job: Job, out: pathlib.Path) -> str:
-    """Returns the digest of the code that made a stored run, '' without one."""
-    found = _read(out / job.folder / FILE)
-    return found['code'] if found else ''
+def note(job: Job, out: pathlib.Path) -> dict[str, Any]:
+    """Returns what `cell.json` says of a run; {} where it has not begun."""
+    return _read(out / job.folder / FILE) or {}
+
+
+def codes_of(job: Job, out: pathlib.Path) -> list[str]:
+    """Returns the digests of the code versions that made a stored run, in order."""
+    found = note(job, out)
+    return found.get('codes') or ([found['code']] if found else [])  # older notes have one
+
+
+def _check_inputs(
+    job: Job, folder: pathlib.Path, made: Mapping[str, str], now: Mapping[str, str]
+) -> None:
+    for key, digest in now.items():
+        if made.get(key, digest) == digest:
+            continue
+        data = job.config['data']
+        held_out = data.get('valid_path') if key.startswith('evaluation') else ''
+        name = held_out or data.get('path') or data['kind']
+        name = job.config['reference'] if key == 'reference' else name
+        what = {'data': 'training data', 'reference': 'table of reference time'}.get(key)
+        raise StudyError(
+            f'{folder} was made before the {what or "held-out data"} changed: {name} holds '
+            f'something else now (digest {made[key][:16]} then, {digest[:16]} now); put the old '
+            'content back, or give another --out to start afresh.'
+        )
 
 
 def collect(job: Job, out: pathlib.Path, metric: str) -> Cell:
     """Returns what a run left, whatever its state."""
     folder = out / job.folder
-    note = _read(folder / FILE)
-    told = note['status'] if note and note['digest'] == job.digest else 'missing'
+    found = note(job, out)
+    told = found['status'] if found and found['digest'] == job.digest else 'missing'
     summary = _read(folder / 'summary.json')
     lost = told == 'running' or (told == 'done' and summary is None)
     known = 'missing' if lost else told
     base: dict[str, Any] = {
         'arm': job.arm, 'phase': job.phase, 'seed': job.seed, 'fraction': job.fraction,
         'settings': dict(job.settings), 'workdir': job.folder,
-        'error': note['error'] if note and known != 'missing' else '',
+        'error': found['error'] if known != 'missing' else '',
     }  # fmt: skip
     if known == 'missing' or summary is None:
         return Cell(status=known, **base)
@@ -98,7 +142,7 @@ def collect(job: Job, out: pathlib.Path, metric: str) -> Cell:
         environment={
             **summary['environment'],
             'batched': (summary.get('batched') or {}).get('lanes', 0),
-            'finished': note['finished'] if note else '',
+            'finished': found['finished'],
         },
         **base,
     )
@@ -146,17 +190,17 @@ def _metric(evaluations: Mapping[str, Any], metric: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _write(job: Job, folder: pathlib.Path, code: str, state: str, error: str) -> None:
+def _write(job: Job, folder: pathlib.Path, made: Mapping[str, Any], state: str, error: str) -> None:
     import datetime
 
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-    note = {
-        'digest': job.digest, 'code': code, 'status': state, 'error': error, 'finished': now,
-        'phase': job.phase, 'arm': job.arm, 'seed': job.seed, 'fraction': job.fraction,
-        'settings': job.settings,
+    told = {
+        'digest': job.digest, 'code': made['codes'][-1], **made, 'status': state, 'error': error,
+        'finished': now, 'phase': job.phase, 'arm': job.arm, 'seed': job.seed,
+        'fraction': job.fraction, 'settings': job.settings,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(folder / FILE, note)
+    write_json_atomic(folder / FILE, told)
 
 
 def _read(file: pathlib.Path) -> dict[str, Any] | None:

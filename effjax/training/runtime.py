@@ -103,6 +103,12 @@ class Runtime:
                     'in config.optimizer, for all stages.'
                 )
 
+    @property
+    def data_digest(self) -> str:
+        """Names the content of the data of all stages; '' without data."""
+        found = [dataset.info.digest for dataset in self._datasets.values()]
+        return found[0] if len(found) == 1 else '+'.join(found)
+
     # ---- state -----------------------------------------------------------------------------
 
     def initial_state(self) -> dict[str, Any]:

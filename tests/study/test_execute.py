@@ -99,12 +99,12 @@ def test_a_killed_study_goes_on_with_what_is_missing(study, trained, tmp_path, m
     train = execute.run_jobs.__globals__['store'].begin
     count = 0
 
-    def killed(job, out, code):
+    def killed(*args):
         nonlocal count
         count += 1
         if count == 9:
             raise KeyboardInterrupt  # as a signal between two runs
-        train(job, out, code)
+        train(*args)
 
     monkeypatch.setattr(store, 'begin', killed)
     with pytest.raises(KeyboardInterrupt):
@@ -140,6 +140,67 @@ def test_results_of_another_code_version_are_refused_or_told(study, trained, tmp
         run(study, tmp_path)
     found, _ = run(dataclasses.replace(study, seeds=(0, 1, 2, 3)), tmp_path, any_code=True)
     assert any('made by 2 versions of the code' in note for note in found.notes)
+
+
+def test_a_run_that_goes_on_keeps_the_versions_of_its_code(study, repository, tmp_path):
+    job = plan.final(study, study.baseline, {})[0].jobs[0]
+    store.begin(job, tmp_path, 'one')
+    store.begin(job, tmp_path, 'two')  # killed before its first checkpoint: begins again
+    assert store.codes_of(job, tmp_path) == ['two']
+    (tmp_path / job.folder / 'checkpoints' / '10').mkdir(parents=True)
+    store.begin(job, tmp_path, 'three')
+    store.end(job, tmp_path, 'three', 'done')
+    assert store.codes_of(job, tmp_path) == ['two', 'three']
+    assert store.note(job, tmp_path)['code'] == 'three'
+
+
+@pytest.mark.parametrize(
+    ('key', 'message'),
+    [
+        ('data', 'was made before the training data changed: stdlib holds something else now'),
+        ('evaluation valid', 'was made before the held-out data changed: stdlib holds'),
+        ('reference', 'was made before the table of reference time changed: table.json holds'),
+    ],
+)
+def test_results_of_other_content_are_refused(study, trained, tmp_path, monkeypatch, key, message):
+    def holds(digest):
+        inputs = {'data': 'a', 'evaluation valid': 'b', 'reference': 'c', key: digest}
+        fact = dataclasses.replace(FACTS, inputs=inputs)
+        monkeypatch.setattr(
+            preflight, 'examine', lambda study: dict.fromkeys(('base', 'new'), fact)
+        )
+
+    study = dataclasses.replace(study, overrides=('reference=table.json',))
+    holds('old')
+    run(study, tmp_path)
+    note = json.loads(next(tmp_path.rglob('cell.json')).read_text())
+    assert note['inputs'][key] == 'old'
+    holds('new')
+    with pytest.raises(StudyError, match=message) as refused:
+        run(study, tmp_path, any_code=True)
+    assert 'digest old then, new now' in str(refused.value) and '--out' in str(refused.value)
+
+
+def test_notes_of_before_name_no_content_and_are_taken(study, trained, tmp_path, monkeypatch):
+    first, _ = run(study, tmp_path)
+    for file in tmp_path.rglob('cell.json'):
+        old = json.loads(file.read_text())
+        del old['codes'], old['inputs']
+        file.write_text(json.dumps(old))
+    fact = dataclasses.replace(FACTS, inputs={'data': 'a'})
+    monkeypatch.setattr(preflight, 'examine', lambda study: dict.fromkeys(('base', 'new'), fact))
+    count = len(trained)
+    assert run(study, tmp_path)[0] == first and len(trained) == count
+
+
+def test_runs_judged_on_different_data_are_not_reported(study, trained, tmp_path):
+    run(study, tmp_path)
+    for arm in ('base', 'new'):
+        for file in (tmp_path / 'runs' / arm).rglob('cell.json'):
+            told = json.loads(file.read_text())
+            file.write_text(json.dumps({**told, 'inputs': {'evaluation valid': arm}}))
+    with pytest.raises(StudyError, match=r'were judged on different held-out data.*another --out'):
+        studies.report(study, tmp_path)
 
 
 def test_more_seeds_run_only_what_is_new(study, trained, tmp_path):
