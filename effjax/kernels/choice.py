@@ -16,6 +16,7 @@ from effjax.core.errors import ConfigError
 _last: dict[str, Any] = {}
 _by_op: dict[str, list[dict[str, Any]]] = {}
 _targets: list[str] = []
+_listeners: list[dict[str, str]] = []
 
 
 def last_choice(op: str | None = None) -> dict[str, Any]:
@@ -82,11 +83,24 @@ def _record(choice: dict[str, Any]) -> None:
     if choice in made:
         made.remove(choice)  # so that the newest stands last, each only once
     made.append(choice)
+    for heard in _listeners:
+        heard[choice['op']] = choice['implementation']
 
 
 def platform() -> str:
     """Returns the platform traced for: 'cpu', 'gpu' or 'tpu'."""
     return _targets[-1] if _targets else jax.default_backend()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[str, str]]:
+    """Yields a dict that fills with `operation -> implementation` as choices are made inside."""
+    heard: dict[str, str] = {}
+    _listeners.append(heard)
+    try:
+        yield heard
+    finally:
+        _listeners[:] = [h for h in _listeners if h is not heard]
 
 
 @contextlib.contextmanager
