@@ -73,7 +73,7 @@ class Projection(nnx.Module):
         ctx: Context,
         equation: str,
         shape: tuple[int, ...],
-        axes: tuple[str, ...],
+        axes: tuple[str | None, ...],
         *,
         bias: bool,
         init: Initializer,

@@ -39,7 +39,9 @@ CONFIGS = {
     'deltanet': [{'heads': 2, 'key_dim': 4, 'value_dim': 8, 'chunk': 5}],
     'gated_deltanet': [{'heads': 2, 'key_dim': 5, 'value_dim': 7, 'chunk': 4, 'negative': True}],
     'gla': [{'heads': 2, 'key_dim': 5, 'conv': 3}],
+    'mamba': [{'expand': 2, 'state': 4, 'chunk': 4}],
     'retnet': [{'heads': 2}],
+    'rg_lru': [{'heads': 2, 'chunk': 4}],
     'shaped_attention': [{'heads': 2}],
 }
 # The same properties for more configs, in the tier `ci`.
@@ -48,7 +50,9 @@ MORE = {
     'deltanet': [{'heads': 3, 'gate': True, 'conv': 0, 'implementation': 'reference'}],
     'gated_deltanet': [{'heads': 1, 'chunk': 1, 'conv': 0}, {'heads': 2, 'gate': False}],
     'gla': [{'heads': 3, 'implementation': 'reference', 'temperature': 0.5}],
+    'mamba': [{'state': 3, 'dt_rank': 2, 'norms': True, 'implementation': 'reference'}],
     'retnet': [{'heads': 1, 'key_dim': 4, 'value_dim': 3, 'conv': 2}],
+    'rg_lru': [{'heads': 1, 'inner': 5, 'conv': 2, 'implementation': 'reference'}],
     'shaped_attention': [{'heads': 2, 'values': True, 'qk_norm': True}],
 }
 CASES = [

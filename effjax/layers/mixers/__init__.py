@@ -24,6 +24,8 @@ MIXERS = {
     'deltanet': 'effjax.layers.mixers.deltanet:DeltaNet',
     'gated_deltanet': 'effjax.layers.mixers.gated_deltanet:GatedDeltaNet',
     'gla': 'effjax.layers.mixers.gla:GLA',
+    'mamba': 'effjax.layers.mixers.mamba:Mamba',
     'retnet': 'effjax.layers.mixers.retnet:RetNet',
+    'rg_lru': 'effjax.layers.mixers.rg_lru:RGLRU',
     'shaped_attention': 'effjax.layers.mixers.shaped:ShapedAttention',
 }
