@@ -50,6 +50,7 @@ class TextModel(nnx.Module):
       soft_cap: bounds the logits by `cap * tanh(logits / cap)`; None leaves them.
       bias: projections carry a bias.
       dropout: rate on the embedding and on sub-block outputs.
+      embed_dropout: rate on the embedding; None takes `dropout`.
       share: consecutive layers that use one copy of the parameters (ALBERT).
       segments: `dict(pattern=(dict(mixer=, ffn=, block=), ...), repeat=, share=)`; each block
         takes what it does not say from the arguments above. Empty: one block, `layers` times.
@@ -82,6 +83,7 @@ class TextModel(nnx.Module):
         soft_cap: float | None = None,
         bias: bool = False,
         dropout: float = 0.0,
+        embed_dropout: float | None = None,
         share: int = 1,
         segments: Sequence = (),
         final_norm: bool = True,
@@ -91,7 +93,9 @@ class TextModel(nnx.Module):
         init: str = 'gpt2',
         rngs: nnx.Rngs,
     ):
-        _check(vocab_size, width, embed_width, dropout, soft_cap)
+        first_rate = dropout if embed_dropout is None else embed_dropout
+        rates = {'dropout': dropout, 'embed_dropout': first_rate}
+        _check(vocab_size, width, embed_width, rates, soft_cap)
         _check_lengths(max_len, setup.seq_len)
         check_block(POSITIONS, positions, 'positions', 'config.model.positions')
         check_block(NORMS, norm, 'norm', 'config.model.norm')
@@ -110,7 +114,7 @@ class TextModel(nnx.Module):
             init=init,
         )
         self.vocab_size, self.width, self.max_len = vocab_size, width, ctx.max_len
-        self.tied, self.soft_cap, self.rate = tied, soft_cap, float(dropout)
+        self.tied, self.soft_cap, self.rate = tied, soft_cap, float(first_rate)
         self.embed_scale = float(embed_scale or width**0.5)
         self.policy = setup.policy
         self.embed_width = embed_width or width
@@ -255,15 +259,20 @@ def _product(
 
 
 def _check(
-    vocab_size: int, width: int, embed_width: int, dropout: float, soft_cap: float | None
+    vocab_size: int,
+    width: int,
+    embed_width: int,
+    rates: Mapping[str, float],
+    soft_cap: float | None,
 ) -> None:
     for key, value in (('vocab_size', vocab_size), ('width', width)):
         if value < 1:
             raise ConfigError(f'config.model.{key} must be at least 1, got {value}.')
     if embed_width < 0:
         raise ConfigError(f'config.model.embed_width must not be negative, got {embed_width}.')
-    if not 0 <= dropout < 1:
-        raise ConfigError(f'config.model.dropout must be at least 0 and below 1, got {dropout}.')
+    for key, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ConfigError(f'config.model.{key} must be at least 0 and below 1, got {rate}.')
     if soft_cap is not None and soft_cap <= 0:
         raise ConfigError(f'config.model.soft_cap must be positive or None, got {soft_cap}.')
 

@@ -76,11 +76,26 @@ def linear(*, peak: float, warmup: float = 0.0, final: float = 0.0) -> Schedule:
     return Schedule(peak, warmup, lambda p: _blend(_share(p, warmup, 1.0), final))
 
 
-def cosine(*, peak: float, warmup: float = 0.0, final: float = 0.0) -> Schedule:
-    """Half a cosine from `peak` to `final * peak` (Loshchilov, Hutter 2017, arXiv:1608.03983)."""
+def cosine(*, peak: float, warmup: float = 0.0, final: float = 0.0, stairs: int = 0) -> Schedule:
+    """Half a cosine from `peak` to `final * peak` (Loshchilov, Hutter 2017, arXiv:1608.03983).
+
+    Args:
+      peak: the highest rate.
+      warmup: share of the run that warms up.
+      final: rate at the end in units of `peak`.
+      stairs: the rate is held within each of so many equal parts of the run, at its value where
+        the part begins, as by a scheduler that steps once an epoch; 0 holds it nowhere.
+
+    Raises:
+      ConfigError: an argument out of range.
+    """
     _check(peak, warmup, final=final)
+    if stairs < 0:
+        raise ConfigError(f'.stairs must not be negative, got {stairs}.')
 
     def shape(progress: float) -> float:
+        if stairs:
+            progress = math.floor(progress * stairs) / stairs
         return _blend(_cosine(_share(progress, warmup, 1.0)), final)
 
     return Schedule(peak, warmup, shape)

@@ -117,6 +117,7 @@ REFUSED = [
     ({'vocab_size': 0}, r'config\.model\.vocab_size must be at least 1'),
     ({'layers': 0}, r'config\.model\.layers must be at least 1'),
     ({'dropout': 1.5}, r'config\.model\.dropout'),
+    ({'embed_dropout': -0.1}, r'config\.model\.embed_dropout must be at least 0'),
     ({'soft_cap': -1.0}, r'config\.model\.soft_cap'),
     (
         {'max_len': 8},
@@ -143,6 +144,23 @@ REFUSED = [
 def test_impossible_configs_are_refused_with_the_key(make_decoder, config, message):
     with pytest.raises(ConfigError, match=message):
         make_decoder(**config)
+
+
+def test_dropout_of_the_embedding_alone(make_decoder, tokens):
+    """Of a model without layers' dropout, and the other way round."""
+
+    def spread(**config):
+        model = make_decoder(layers=1, ffn=None, final_norm=False, **config)
+        info = SeqInfo.of(*tokens.shape, rng=jax.random.key(0), train=True)
+        return model.embedding(tokens), model(tokens, info)[0]
+
+    for config in ({'embed_dropout': 0.5}, {'dropout': 0.5}):
+        assert not np.allclose(spread(**config)[1], spread()[1])
+    body, plain = (spread(dropout=d, embed_dropout=0.0)[1] for d in (0.5, 0.0))
+    embedded = spread()[0]
+    # The residual stream keeps every embedding; what is dropped is the block's own output.
+    dropped = np.isclose(body, embedded) & ~np.isclose(plain, embedded)
+    assert 0.4 < dropped.mean() < 0.6
 
 
 def test_a_sequence_longer_than_the_positions_is_refused(make_decoder):

@@ -15,6 +15,7 @@ BLOCKS = [
     ({'kind': 'linear', 'final': 0.1}, 0.1),
     ({'kind': 'cosine'}, 0.0),
     ({'kind': 'cosine', 'final': 0.1}, 0.1),
+    ({'kind': 'cosine', 'stairs': 1000}, 0.0),
     ({'kind': 'wsd'}, 0.0),
     ({'kind': 'wsd', 'shape': 'sqrt', 'final': 0.3}, 0.3),
     ({'kind': 'wsd', 'shape': 'cosine', 'decay': 0.9}, 0.0),
@@ -41,6 +42,12 @@ def test_values():
     assert schedules.cosine(peak=2.0)(0.5) == pytest.approx(1.0)
     assert schedules.cosine(peak=2.0, warmup=0.2)(0.1) == pytest.approx(1.0)
     assert schedules.linear(peak=2.0, warmup=0.5)(0.75) == pytest.approx(1.0)
+    # torch.optim.lr_scheduler.CosineAnnealingLR(T_max=4) stepped once an epoch.
+    stairs = schedules.cosine(peak=2.0, stairs=4)
+    epochs = [2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5)]
+    assert [stairs((e + x) / 4) for e in range(4) for x in (0.0, 0.999)] == pytest.approx(
+        np.repeat(epochs, 2)
+    )
     wsd = schedules.wsd(peak=1.0, decay=0.4)
     assert [wsd(p) for p in (0.3, 0.6, 0.8)] == pytest.approx([1.0, 1.0, 0.5])
     root = schedules.wsd(peak=1.0, decay=0.4, shape='sqrt')
@@ -76,6 +83,7 @@ def test_progress_outside_counts_as_the_nearest_end():
     [
         ({'kind': 'cosin', 'peak': 1.0}, "unknown schedule 'cosin' at config.schedule.*'cosine'"),
         ({'kind': 'cosine'}, "needs 'peak'; give config.schedule.peak"),
+        ({'kind': 'cosine', 'peak': 1.0, 'stairs': -1}, 'config.schedule.stairs must not be neg'),
         ({'kind': 'cosine', 'peak': 0.0}, 'config.schedule.peak must be above 0, got 0.0'),
         ({'kind': 'cosine', 'peak': 1.0, 'warmup': 100}, r'warmup must be a share .* got 100'),
         (

@@ -10,5 +10,6 @@ FFNS = {
     'geglu': 'effjax.layers.ffn.dense:GeGLU',
     'gelu': 'effjax.layers.ffn.dense:GELU',
     'relu': 'effjax.layers.ffn.dense:ReLU',
+    'identity': 'effjax.layers.ffn.identity:Identity',
     'relu2': 'effjax.layers.ffn.dense:ReLU2',
 }

@@ -9,6 +9,7 @@ from flax import nnx
 
 from effjax.core.axes import metadata
 from effjax.core.context import Context
+from effjax.core.cost import Cost
 from effjax.core.errors import ConfigError
 from effjax.core.policy import Policy
 from effjax.core.registry import check_block
@@ -33,7 +34,16 @@ def make(kind, width=8, bias=True, **kw):
 
 
 def test_every_kind_has_a_formula():
-    assert set(FORMULAS) == set(FFNS)
+    assert set(FORMULAS) | {'identity'} == set(FFNS)
+
+
+def test_identity_does_nothing_and_costs_nothing():
+    ffn = check_block(FFNS, {'kind': 'identity'}, 'ffn', 'ffn')(
+        Context(width=8, policy=Policy()), rngs=nnx.Rngs(0)
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    y, aux = ffn(x, info=None)
+    assert y is x and aux == {} and ffn.cost(2, 5) == Cost()
 
 
 @pytest.mark.parametrize('kind', FORMULAS)
