@@ -24,6 +24,7 @@ MIXERS = {
     'deltanet': 'effjax.layers.mixers.deltanet:DeltaNet',
     'gated_deltanet': 'effjax.layers.mixers.gated_deltanet:GatedDeltaNet',
     'gla': 'effjax.layers.mixers.gla:GLA',
+    'hyena': 'effjax.layers.mixers.hyena:Hyena',
     'mamba': 'effjax.layers.mixers.mamba:Mamba',
     'retnet': 'effjax.layers.mixers.retnet:RetNet',
     'rg_lru': 'effjax.layers.mixers.rg_lru:RGLRU',

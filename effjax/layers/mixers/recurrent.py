@@ -113,6 +113,11 @@ class Recurrent(nnx.Module):
         """Bytes of the state: the memory, and two int32 a row."""
         return nbytes(jax.eval_shape(lambda: self.init_state(batch, max_len, dtype)))
 
+    def state_length(self, state: State) -> int:
+        """Returns the `max_len` that a state was made for, where its size depends on it."""
+        del state
+        return 1
+
     def check_state(self, state: State) -> State:
         """Returns the state.
 
@@ -120,7 +125,8 @@ class Recurrent(nnx.Module):
           ConfigError: it is not a state of this mixer, or of another size.
         """
         batch = len(state['segment']) if 'segment' in state else 0
-        wanted = jax.eval_shape(lambda: self.init_state(batch, 1, jnp.float32))
+        length = self.state_length(state)
+        wanted = jax.eval_shape(lambda: self.init_state(batch, length, jnp.float32))
         shapes = {name: x.shape for name, x in wanted.items()}
         found = {name: x.shape for name, x in state.items()}
         if shapes != found:
