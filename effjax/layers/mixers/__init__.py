@@ -21,11 +21,14 @@ cannot do a thing raises a `ValueError` naming itself, the thing, and what to us
 
 MIXERS = {
     'attention': 'effjax.layers.mixers.attention:Attention',
+    'based': 'effjax.layers.mixers.based:Based',
     'deltanet': 'effjax.layers.mixers.deltanet:DeltaNet',
     'gated_deltanet': 'effjax.layers.mixers.gated_deltanet:GatedDeltaNet',
     'gla': 'effjax.layers.mixers.gla:GLA',
     'hyena': 'effjax.layers.mixers.hyena:Hyena',
     'mamba': 'effjax.layers.mixers.mamba:Mamba',
+    'linear_attention': 'effjax.layers.mixers.linear_attention:LinearAttention',
+    'mamba2': 'effjax.layers.mixers.mamba2:Mamba2',
     'retnet': 'effjax.layers.mixers.retnet:RetNet',
     'rg_lru': 'effjax.layers.mixers.rg_lru:RGLRU',
     'shaped_attention': 'effjax.layers.mixers.shaped:ShapedAttention',
