@@ -293,8 +293,9 @@ def _list(study: 'Study', out: pathlib.Path) -> int:
 
 def _dry_run(study: 'Study', out: pathlib.Path, workers: int) -> int:
     from effjax.study import preflight
-    from effjax.study.compare import expectation, overview
+    from effjax.study.compare import devices, expectation, overview
 
+    devices(study, workers)
     facts = preflight.examine(study)
     batched = preflight.batched(study, facts)
     lines = overview(study, facts, batched=batched)

@@ -162,6 +162,7 @@ def test_a_study_that_makes_no_sense_is_refused(refused, flags, more, message):
         (['--metric=valid.tokens'], ["less or more of 'valid.tokens' is better is not known"]),
         (['--budget=20ref_s'], ['reference time needs config.reference', 'effjax.calibrate']),
         (['--budget=20J'], ['joules needs a meter', 'count flops']),
+        (['--workers=2', '--budget=20s'], ['--workers=2 on a CPU', 'training time', '--workers=1']),
         (['--batched=yes', '--budget=20s'], ['batched runs share the clock', '--batched=no']),
         (['--data=nothing.txt'], ["arm 'baseline'", "no file, folder or match for 'nothing.txt'"]),
         (

@@ -16,6 +16,13 @@ from effjax.study.spec import AXES, Arm, Study
 MOST_WAIT = 0.05  # share of training time spent waiting for data, above which time says nothing
 UNEQUAL = 0.01  # difference of what two arms spent of an equal budget, from which on it is told
 _CLOCKED = ('seconds', 'joules')
+# What runs must share if their times are to be compared: key of the environment -> how it is said.
+_SAME = {
+    'device': 'on different devices',
+    'devices': 'on different numbers of devices',
+    'jax': 'with different versions of jax',
+    'xla_flags': 'with different XLA flags',
+}
 
 
 def tune(study: Study, arm: Arm, cells: Sequence[Cell]) -> Tuning | None:
@@ -147,7 +154,8 @@ def _compare(
     interval = stats.paired_interval(differences) if len(differences) > 1 else None
     spent = {axis: _spent(base, mine, axis) for axis in COSTS}
     notes = _notes(study, arm, final, tunings)
-    reason = _refusal(study, base, mine)
+    clocked = _clock_refusal(study, arm, final)
+    reason = clocked if study.axis in _CLOCKED else ''
     # Seeds that diverged or failed are no missing data: leaving them out would flatter the rest.
     broken = any(c.status in ('failed', 'diverged') for c in (*base.values(), *mine.values()))
     verdict, ratio = 'failed', None
@@ -169,7 +177,6 @@ def _compare(
             f'{arm.name} spent {own:.1%} of the {AXES[study.axis][1]} that {study.baseline.name} '
             'did: a run ends at a whole step; ratios count what was spent.'
         )
-    clocked = _clock_refusal(base, mine)
     ratios = _on_all_axes(study, ratio, base, mine, clocked)
     source = _Sources.of(sources, study.baseline.name, arm.name)
     charged = source.charged(ratios, base) if source else {}
@@ -362,18 +369,21 @@ class _Sources:
 # ---- what a reader must know -------------------------------------------------------------------
 
 
-def _refusal(study: Study, base: Mapping[int, Cell], mine: Mapping[int, Cell]) -> str:
-    return _clock_refusal(base, mine) if study.axis in _CLOCKED else ''
+def _clock_refusal(study: Study, arm: Arm, final: Sequence[Cell]) -> str:
+    """Returns why time and energy of two arms' runs cannot be compared, '' if they can.
 
-
-def _clock_refusal(base: Mapping[int, Cell], mine: Mapping[int, Cell]) -> str:
-    """Returns why time and energy of these runs cannot be compared, '' if they can."""
-    cells = [c for c in (*base.values(), *mine.values()) if c.status == 'done']
-    devices = sorted({str(c.environment.get('device')) for c in cells})
-    if len(devices) > 1:
-        return f'the runs were made on different devices ({", ".join(devices)})'
+    Every budget counts: a ratio is read off all of them.
+    """
+    sides = (study.baseline.name, arm.name)
+    cells = [c for c in final if c.arm in sides and c.status == 'done']
+    for key, words_ in _SAME.items():
+        found = sorted({str(c.environment.get(key)) for c in cells})
+        if len(found) > 1:
+            return f'the runs were made {words_} ({", ".join(v or "none" for v in found)})'
     if any(c.environment.get('batched') for c in cells):
         return 'several runs shared one compiled step, so that none has a time of its own'
+    if any(c.environment.get('workers', 1) > 1 and _on_cpu(c) for c in cells):
+        return "runs side by side shared a CPU's cores, so that none has a time of its own"
     waits = [
         (c.costs.get('data_seconds') or 0.0) / seconds
         for c in cells
@@ -385,6 +395,10 @@ def _clock_refusal(base: Mapping[int, Cell], mine: Mapping[int, Cell]) -> str:
             f'{MOST_WAIT:.0%}), so that its time measures the loader'
         )
     return ''
+
+
+def _on_cpu(cell: Cell) -> bool:
+    return cell.environment.get('backend') == 'cpu'
 
 
 def _failure(study: Study, arm: Arm, final: Sequence[Cell]) -> str:

@@ -75,7 +75,7 @@ def _compare(study: Study, folder: pathlib.Path, options: Options, say: Say) -> 
         folder,
         plan.code_version(),
         batched=batched,
-        devices=_devices(options.workers),
+        devices=devices(study, options.workers),
         any_code=options.any_code,
         retry_failed=options.retry_failed,
         inputs={name: fact.inputs for name, fact in facts.items()},
@@ -238,12 +238,23 @@ def _check_judged_alike(study: Study, folder: pathlib.Path, jobs: Sequence[plan.
         )
 
 
-def _devices(workers: int) -> list[str]:
+def devices(study: Study, workers: int) -> list[str]:
+    """Returns a device for each worker, as `Runner` takes them.
+
+    Raises:
+      StudyError: more workers than devices, or workers that share what the budget measures.
+    """
     if workers == 1:
         return ['']
     import jax
 
     kind = jax.default_backend()
+    if kind == 'cpu' and study.axis in ('seconds', 'joules'):
+        raise StudyError(
+            f'--workers={workers} on a CPU: the runs share its cores, so that a budget in '
+            f'{AXES[study.axis][1]} means nothing for one of them; use --workers=1, or a budget '
+            'in flops or tokens.'
+        )
     count = jax.local_device_count()
     if kind == 'gpu' and workers > count:
         raise StudyError(f'{workers} workers need as many devices, and there are {count}.')

@@ -133,6 +133,7 @@ class Runner:
             'code': self.code,
             'batched': self.batched,
             'inputs': self.inputs,
+            'workers': len(self.devices),
             'jobs': [vars(job) for job in jobs],
         }
         answer = process.ask(order)
@@ -158,6 +159,7 @@ def run_jobs(
     *,
     batched: bool,
     inputs: Mapping[str, Mapping[str, str]] | None = None,
+    workers: int = 1,
 ) -> None:
     """Runs jobs in this process and notes how each ended.
 
@@ -167,13 +169,14 @@ def run_jobs(
       code: digest of the code that runs.
       batched: whether they share one compiled step.
       inputs: arm -> digests of what its config reads.
+      workers: processes that run jobs side by side.
 
     Raises:
       Stopped: a signal came.
     """
     share_programs()
     for job in jobs:
-        store.begin(job, out, code, (inputs or {}).get(job.arm))
+        store.begin(job, out, code, (inputs or {}).get(job.arm), workers)
     with _quiet():
         if batched and len(jobs) > 1:
             _run_batched(jobs, out, code)
@@ -350,6 +353,6 @@ def worker(order: dict[str, Any]) -> str:
       Stopped: a signal came.
     """
     jobs = [Job(**job) for job in order['jobs']]
-    out, shared = pathlib.Path(order['out']), {k: order[k] for k in ('batched', 'inputs')}
-    run_jobs(jobs, out, order['code'], **shared)
+    same = {key: order[key] for key in ('batched', 'inputs', 'workers')}
+    run_jobs(jobs, pathlib.Path(order['out']), order['code'], **same)
     return 'done'

@@ -22,7 +22,13 @@ from effjax.training.files import write_json_atomic
 FILE = 'cell.json'
 
 
-def begin(job: Job, out: pathlib.Path, code: str, inputs: Mapping[str, str] | None = None) -> None:
+def begin(
+    job: Job,
+    out: pathlib.Path,
+    code: str,
+    inputs: Mapping[str, str] | None = None,
+    workers: int = 1,
+) -> None:
     """Notes that a run has begun, before it writes anything of its own.
 
     Args:
@@ -30,18 +36,24 @@ def begin(job: Job, out: pathlib.Path, code: str, inputs: Mapping[str, str] | No
       out: the study's folder.
       code: digest of the code that runs; a run that goes on from a checkpoint keeps those before.
       inputs: digests of what its config reads, as `preflight.Facts`.
+      workers: runs that go on side by side, each in a process of its own.
     """
     folder = out / job.folder
     goes_on = any((folder / 'checkpoints').glob('*'))
     before = codes_of(job, out) if goes_on else []
     codes = [*(c for c in before if c != code), code]
-    _write(job, folder, {'codes': codes, 'inputs': dict(inputs or {})}, 'running', '')
+    made = {'codes': codes, 'inputs': dict(inputs or {}), 'workers': workers}
+    _write(job, folder, made, 'running', '')
 
 
 def end(job: Job, out: pathlib.Path, code: str, status: str, error: str = '') -> None:
     """Notes how a run ended: 'done', 'diverged' or 'failed'."""
     began = note(job, out)
-    made = {'codes': began.get('codes') or [code], 'inputs': began.get('inputs', {})}
+    made = {
+        'codes': began.get('codes') or [code],
+        'inputs': began.get('inputs', {}),
+        'workers': began.get('workers', 1),
+    }
     _write(job, out / job.folder, made, status, ' '.join(error.split()))
 
 
@@ -142,6 +154,7 @@ def collect(job: Job, out: pathlib.Path, metric: str) -> Cell:
         environment={
             **summary['environment'],
             'batched': (summary.get('batched') or {}).get('lanes', 0),
+            'workers': found.get('workers', 1),
             'finished': found['finished'],
         },
         **base,

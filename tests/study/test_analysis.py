@@ -157,6 +157,40 @@ def test_time_is_refused_between_devices():
     assert 'different devices (base, new)' in judge(one, runs).sentence
 
 
+@pytest.mark.parametrize('fraction', [0.5, 1.0])
+@pytest.mark.parametrize(
+    ('odd', 'reason'),
+    [
+        ({'device': 'NVIDIA L4'}, 'made on different devices (NVIDIA H200, NVIDIA L4)'),
+        ({'devices': 4}, 'made on different numbers of devices (1, 4)'),
+        ({'jax': '0.8'}, 'made with different versions of jax (0.7, 0.8)'),
+        ({'xla_flags': '--a'}, 'made with different XLA flags (none, --a)'),
+        ({'batched': 3}, 'several runs shared one compiled step'),
+    ],
+)
+def test_one_run_made_otherwise_refuses_time_at_any_budget(odd, reason, fraction):
+    one = study(axis='seconds', fractions=(0.5, 1.0))
+    same = {**GPU, 'devices': 1, 'jax': '0.7', 'xla_flags': ''}
+    runs = [
+        dataclasses.replace(
+            c, environment=same | (odd if (c.fraction, c.seed) == (fraction, 1) else {})
+        )
+        for c in cells(one, gain=0.5)
+    ]
+    found = judge(one, runs)
+    assert found.verdict == 'refused' and reason in found.sentence
+    assert any(reason in note for note in found.notes)
+
+
+def test_time_of_runs_side_by_side_counts_on_devices_of_their_own():
+    one = study(axis='seconds', fractions=(1.0,))
+    cpu = {**GPU, 'backend': 'cpu', 'workers': 2}
+    found = judge(one, cells(one, gain=0.5, env=cpu))
+    assert found.verdict == 'refused'
+    assert "runs side by side shared a CPU's cores" in found.sentence
+    assert judge(one, cells(one, gain=0.5, env={**GPU, 'workers': 2})).verdict == 'win'
+
+
 def test_flops_stay_judged_where_time_is_refused():
     found = judge(study(), cells(study(), gain=0.12, env={**GPU, 'batched': 3}))
     assert found.verdict == 'win'
