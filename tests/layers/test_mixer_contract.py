@@ -41,11 +41,14 @@ CONFIGS = {
     'gated_deltanet': [{'heads': 2, 'key_dim': 5, 'value_dim': 7, 'chunk': 4, 'negative': True}],
     'gla': [{'heads': 2, 'key_dim': 5, 'conv': 3}],
     'hyena': [{'filter_width': 8}],
-    'mamba': [{'expand': 2, 'state': 4, 'chunk': 4}],
     'linear_attention': [{'heads': 2, 'key_dim': 5}],
+    'mamba': [{'expand': 2, 'state': 4, 'chunk': 4}],
     'mamba2': [{'head_dim': 6, 'state': 5, 'groups': 2}],
     'retnet': [{'heads': 2}],
     'rg_lru': [{'heads': 2, 'chunk': 4}],
+    's4': [{'state': 6, 'chunk': 4}],
+    's4d': [{'state': 6, 'chunk': 4}],
+    's5': [{'state': 8, 'blocks': 2, 'chunk': 4}],
     'shaped_attention': [{'heads': 2}],
 }
 # The same properties for more configs, in the tier `ci`.
@@ -56,11 +59,14 @@ MORE = {
     'gated_deltanet': [{'heads': 1, 'chunk': 1, 'conv': 0}, {'heads': 2, 'gate': False}],
     'gla': [{'heads': 3, 'implementation': 'reference', 'temperature': 0.5}],
     'hyena': [{'order': 3, 'conv': 2, 'bias': True, 'implementation': 'reference'}],
-    'mamba': [{'state': 3, 'dt_rank': 2, 'norms': True, 'implementation': 'reference'}],
     'linear_attention': [{'heads': 3, 'implementation': 'reference', 'conv': 2}],
+    'mamba': [{'state': 3, 'dt_rank': 2, 'norms': True, 'implementation': 'reference'}],
     'mamba2': [{'expand': 1, 'head_dim': 4, 'state': 3, 'implementation': 'reference'}],
     'retnet': [{'heads': 1, 'key_dim': 4, 'value_dim': 3, 'conv': 2}],
     'rg_lru': [{'heads': 1, 'inner': 5, 'conv': 2, 'implementation': 'reference'}],
+    's4': [{'state': 2, 'implementation': 'reference'}],
+    's4d': [{'state': 4, 'start': 'legs', 'implementation': 'reference'}],
+    's5': [{'implementation': 'reference'}],
     'shaped_attention': [{'heads': 2, 'values': True, 'qk_norm': True}],
 }
 CASES = [
