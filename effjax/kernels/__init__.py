@@ -16,6 +16,7 @@ from effjax.kernels.choice import choices, last_choice, target
 from effjax.kernels.cross_entropy import linear_cross_entropy
 from effjax.kernels.delta_rule import delta_rule
 from effjax.kernels.diagonal_scan import diagonal_scan
+from effjax.kernels.dplr import dplr
 from effjax.kernels.fft_conv import fft_conv
 from effjax.kernels.linear_recurrence import linear_recurrence
 from effjax.kernels.selective_scan import selective_scan
@@ -27,6 +28,7 @@ __all__ = [
     'choices',
     'delta_rule',
     'diagonal_scan',
+    'dplr',
     'fft_conv',
     'last_choice',
     'linear_cross_entropy',

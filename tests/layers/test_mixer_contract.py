@@ -51,6 +51,8 @@ CONFIGS = {
     's4': [{'state': 6, 'chunk': 4}],
     's4d': [{'state': 6, 'chunk': 4}],
     's5': [{'state': 8, 'blocks': 2, 'chunk': 4}],
+    'rwkv6': [{'heads': 2, 'rank': 3, 'decay_rank': 4}],
+    'rwkv7': [{'heads': 2, 'rank': 3, 'gate_rank': 4, 'chunk': 4}],
     'shaped_attention': [{'heads': 2}],
 }
 # The same properties for more configs, in the tier `ci`.
@@ -77,6 +79,8 @@ MORE = {
     's4': [{'state': 2, 'implementation': 'reference'}],
     's4d': [{'state': 4, 'start': 'legs', 'implementation': 'reference'}],
     's5': [{'implementation': 'reference'}],
+    'rwkv6': [{'heads': 1, 'rank': 2, 'implementation': 'reference'}],
+    'rwkv7': [{'heads': 3, 'rank': 2, 'implementation': 'reference'}],
     'shaped_attention': [{'heads': 2, 'values': True, 'qk_norm': True}],
 }
 CASES = [

@@ -20,31 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from effjax.kernels.decays import Sum, before, masked_decay, running
 from effjax.kernels.linear_recurrence.cost import chunk_size, leaf_size
 from effjax.kernels.linear_recurrence.problem import Problem
-
-# exp of less is 0 in float32; running sums of less would lose what stands beside it.
-_FLOOR = -128.0
-_GRID = 1024.0
-
-
-class _Sum(NamedTuple):
-    """A running sum in two parts whose differences are exact.
-
-    After strong decays a plain float32 sum is large, and the difference of two of them loses the
-    weak decays between. `coarse` holds multiples of 1 / 1024, which add up without rounding.
-    """
-
-    coarse: jax.Array
-    fine: jax.Array
-
-    def over(self, other: '_Sum') -> jax.Array:
-        """Returns self - other."""
-        return (self.coarse - other.coarse) + (self.fine - other.fine)
-
-    def map(self, f) -> '_Sum':
-        """Returns f of both parts."""
-        return _Sum(f(self.coarse), f(self.fine))
 
 
 class _Chunks(NamedTuple):
@@ -111,10 +89,10 @@ def _write(chunks: _Chunks) -> tuple[jax.Array, jax.Array]:
         writes = chunks.documents == end[..., None]
         keeps = (end == _before(chunks.documents)).astype(wide)[..., None, None, None]
     if chunks.log_decay is not None:
-        total = _running(chunks.log_decay)
+        total = running(chunks.log_decay, axis=2)
         last = total.map(lambda x: x[:, :, -1:])
         left = jnp.exp(last.over(total))
-        keep = jnp.exp(last.coarse + last.fine)[:, :, 0]
+        keep = last.exp()[:, :, 0]
         if chunks.log_decay.ndim == 5:
             k = (k * left).astype(k.dtype)
             keeps = keeps * keep[..., None]
@@ -132,9 +110,9 @@ def _read(chunks: _Chunks, states: jax.Array, strict: bool) -> jax.Array:
     """The outputs [B, N, C, H, V] in float32; `strict`: of what lies before each token only."""
     q, wide, total, decay = chunks.q, _wide(chunks.v), None, None
     if chunks.log_decay is not None:
-        total = _running(chunks.log_decay)
-        seen = _seen(total, strict)
-        decay = jnp.exp(seen.coarse + seen.fine)
+        total = running(chunks.log_decay, axis=2)
+        seen = before(total, axis=2) if strict else total
+        decay = seen.exp()
         if _is_vector(chunks):
             q = (q * decay).astype(q.dtype)
     by_group = states.reshape(*states.shape[:2], q.shape[3], -1, *states.shape[3:])
@@ -151,7 +129,7 @@ def _read(chunks: _Chunks, states: jax.Array, strict: bool) -> jax.Array:
     return o + _scalar_pairs(chunks, total, strict)
 
 
-def _scalar_pairs(chunks: _Chunks, total: _Sum | None, strict: bool) -> jax.Array:
+def _scalar_pairs(chunks: _Chunks, total: Sum | None, strict: bool) -> jax.Array:
     """What the tokens of a chunk read of each other, with a decay a head or none."""
     q, k, v, wide = chunks.q, chunks.k, chunks.v, _wide(chunks.v)
     mask = _visible(q.shape[2], chunks.documents, strict)[:, :, None, None]  # [B, N, 1, 1, C, C]
@@ -159,7 +137,7 @@ def _scalar_pairs(chunks: _Chunks, total: _Sum | None, strict: bool) -> jax.Arra
     if total is None:
         scores = jnp.where(mask, scores, 0)
     else:
-        seen = _seen(total, strict)
+        seen = before(total, axis=2) if strict else total
 
         def heads(x):  # [B, N, C, H] -> [B, N, G, R, C]
             x = x.reshape(*x.shape[:3], q.shape[3], -1)
@@ -167,7 +145,7 @@ def _scalar_pairs(chunks: _Chunks, total: _Sum | None, strict: bool) -> jax.Arra
 
         rows = seen.map(lambda x: heads(x)[..., :, None])
         columns = total.map(lambda x: heads(x)[..., None, :])
-        scores = scores * _decay(rows, columns, mask)
+        scores = scores * masked_decay(rows, columns, mask)
     scores = jnp.broadcast_to(
         scores, (*scores.shape[:3], v.shape[3] // q.shape[3], *mask.shape[4:])
     )
@@ -180,11 +158,11 @@ def _scalar_pairs(chunks: _Chunks, total: _Sum | None, strict: bool) -> jax.Arra
     return o.reshape(*o.shape[:3], -1, o.shape[-1])
 
 
-def _vector_pairs(chunks: _Chunks, total: _Sum, strict: bool) -> jax.Array:
+def _vector_pairs(chunks: _Chunks, total: Sum, strict: bool) -> jax.Array:
     """The same with a decay for each key dimension: halves by products, leaves pair by pair."""
     size = chunks.q.shape[2]
     leaf, half = leaf_size(size), size // 2
-    seen = _seen(total, strict)
+    seen = before(total, axis=2) if strict else total
     o = _leaves(chunks, total, seen, leaf, strict)
     while half >= leaf:
         o = o + _halves(chunks, total, seen, half)
@@ -192,7 +170,7 @@ def _vector_pairs(chunks: _Chunks, total: _Sum, strict: bool) -> jax.Array:
     return o
 
 
-def _halves(chunks: _Chunks, total: _Sum, seen: _Sum, half: int) -> jax.Array:
+def _halves(chunks: _Chunks, total: Sum, seen: Sum, half: int) -> jax.Array:
     """What right halves read of left ones, the halves having `half` tokens each."""
 
     def cut(x):  # [B, N, C, ...] -> [B, N, P, 2, half, ...]
@@ -222,7 +200,7 @@ def _halves(chunks: _Chunks, total: _Sum, seen: _Sum, half: int) -> jax.Array:
     return o.reshape(*o.shape[:2], -1, *o.shape[5:])
 
 
-def _leaves(chunks: _Chunks, total: _Sum, seen: _Sum, leaf: int, strict: bool) -> jax.Array:
+def _leaves(chunks: _Chunks, total: Sum, seen: Sum, leaf: int, strict: bool) -> jax.Array:
     """What the tokens of a leaf read of each other, from exact differences of decays."""
 
     def cut(x):  # [B, N, C, ...] -> [B, N * C / leaf, leaf, ...]
@@ -235,7 +213,7 @@ def _leaves(chunks: _Chunks, total: _Sum, seen: _Sum, leaf: int, strict: bool) -
         seen.map(lambda x: cut(x)[:, :, :, None]),
         total.map(lambda x: cut(x)[:, :, None]),
     )
-    decay = _decay(rows, columns, mask)
+    decay = masked_decay(rows, columns, mask)
     q, k = cut(chunks.q).astype(wide), cut(chunks.k).astype(wide)
     scores = jnp.sum(q[:, :, :, None] * k[:, :, None] * decay, axis=-1)
     o = jnp.einsum(
@@ -245,30 +223,6 @@ def _leaves(chunks: _Chunks, total: _Sum, seen: _Sum, leaf: int, strict: bool) -
         preferred_element_type=wide,
     )
     return o.reshape(chunks.v.shape)
-
-
-def _running(log_decay: jax.Array) -> _Sum:
-    """Running sums over a chunk's tokens, each with its own decay; [B, N, C, ...]."""
-    bounded = jnp.maximum(log_decay, _FLOOR)
-    coarse = jax.lax.stop_gradient(jnp.round(bounded * _GRID) / _GRID)
-    return _Sum(jnp.cumsum(coarse, axis=2), jnp.cumsum(bounded - coarse, axis=2))
-
-
-def _seen(total: _Sum, strict: bool) -> _Sum:
-    """The decay of the state that a token reads: after its own decay, or strictly before it."""
-    if not strict:
-        return total
-
-    def shift(x):
-        return jnp.pad(x[:, :, :-1], [(0, 0), (0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 3))
-
-    return total.map(shift)
-
-
-def _decay(rows: _Sum, columns: _Sum, mask: jax.Array) -> jax.Array:
-    """e^(rows - columns), 0 where the mask is False."""
-    # Masked before the exponential too: it would overflow there, and its slope with it.
-    return jnp.where(mask, jnp.exp(jnp.where(mask, rows.over(columns), 0)), 0)
 
 
 def _visible(size: int, documents: jax.Array | None, strict: bool) -> jax.Array:

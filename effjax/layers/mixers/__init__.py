@@ -36,5 +36,7 @@ MIXERS = {
     's4': 'effjax.layers.mixers.s4:S4',
     's4d': 'effjax.layers.mixers.s4d:S4D',
     's5': 'effjax.layers.mixers.s5:S5',
+    'rwkv6': 'effjax.layers.mixers.rwkv6:RWKV6',
+    'rwkv7': 'effjax.layers.mixers.rwkv7:RWKV7',
     'shaped_attention': 'effjax.layers.mixers.shaped:ShapedAttention',
 }

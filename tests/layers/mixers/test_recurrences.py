@@ -128,6 +128,70 @@ def taylor_score(q, k):
     return 1 + s + s**2 / 2
 
 
+def before(x):
+    return np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+
+
+def head_norm(p, x, eps=64e-5):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt(np.mean(centred**2, -1, keepdims=True) + eps) * p['scale'] + p['shift']
+
+
+def rwkv6(p, x):
+    """Equations 14 to 20 of the paper: a state read before it is written, with a bonus."""
+    difference = before(x) - x
+    first = x + difference * p['first_share']
+
+    def mixture(name):
+        low = np.tanh(first @ p[f'{name}_down']['kernel']) @ p[f'{name}_up']['kernel']
+        return x + difference * (p[f'{name}_share'] + low)
+
+    r, k, v, g = (heads(p[name], mixture(name)) for name in ('receptance', 'key', 'value', 'gate'))
+    low = np.tanh(mixture('decay') @ p['rate_down']['kernel'])
+    rate = np.einsum('tr,rhk->thk', low, p['rate_up']['kernel']) + p['rate_bias']
+    w, out = np.exp(-np.exp(rate)), np.zeros_like(v)
+    for h in range(HEADS):
+        s = np.zeros((k.shape[-1], v.shape[-1]))
+        for t in range(len(x)):
+            new = np.outer(k[t, h], v[t, h])
+            out[t, h] = r[t, h] @ (s + p['bonus'][h][:, None] * new)
+            s = w[t, h][:, None] * s + new
+    return np.einsum('thv,hvd->td', head_norm(p, out) * silu(g), p['out']['kernel'])
+
+
+def rwkv7(p, x):
+    """The paper's wkv in its own layout, [V, K], rows of values."""
+    mixed = lambda name: x + (before(x) - x) * p[f'{name}_share']  # noqa: E731
+
+    def low(name, inside):
+        inner = inside(mixed(name) @ p[f'{name}_down']['kernel'])
+        return np.einsum('tr,rhk->thk', inner, p[f'{name}_up']['kernel'])
+
+    r, k, v = (heads(p[name], mixed(name)) for name in ('receptance', 'key', 'value'))
+    w = np.exp(-np.exp(-0.5) * sigmoid(low('decay', np.tanh) + p['decay_bias']))
+    a = sigmoid(low('rate', lambda y: y) + p['rate_bias'])
+    g, out = low('gate', sigmoid), np.zeros_like(v)
+    removal, k = k * p['removal'], k * (1 + (a - 1) * p['renewal'])
+    removal /= np.linalg.norm(removal, axis=-1, keepdims=True)
+    for h in range(HEADS):
+        s = np.zeros((v.shape[-1], k.shape[-1]))
+        for t in range(len(x)):
+            e = removal[t, h]
+            s = s @ (np.diag(w[t, h]) - np.outer(e, a[t, h] * e)) + np.outer(v[t, h], k[t, h])
+            out[t, h] = s @ r[t, h]
+    out = head_norm(p, out)
+    out += np.sum(r * p['bonus'] * k, -1, keepdims=True) * v
+    return np.einsum('thv,hvd->td', out * g, p['out']['kernel'])
+
+
+def test_rwkv6():
+    run('rwkv6', rwkv6, rank=3, decay_rank=5)
+
+
+def test_rwkv7():
+    run('rwkv7', rwkv7, rank=3, gate_rank=5, chunk=4)
+
+
 def test_linear_attention():
     run('linear_attention', lambda p, x: weighted(p, x, elu_score))
     run('linear_attention', lambda p, x: weighted(p, x, elu_score), key_dim=3, value_dim=5)
@@ -152,7 +216,7 @@ def test_gla():
     run('gla', lambda p, x: gla(p, x, convolved=True), conv=3, value_dim=5)
 
 
-@pytest.mark.parametrize('kind', ['retnet', 'gla', 'linear_attention', 'based'])
+@pytest.mark.parametrize('kind', ['retnet', 'gla', 'linear_attention', 'based', 'rwkv6', 'rwkv7'])
 @pytest.mark.parametrize('heads', [0, 5])
 def test_heads_that_do_not_fit_are_said(kind, heads):
     with pytest.raises(ConfigError, match=f'{kind}: .*heads {heads} do not divide width 12'):
@@ -164,6 +228,8 @@ def test_sizes_that_cannot_be_are_said():
         ('retnet', {'key_dim': 3}, 'retnet: key_dim must be even'),
         ('based', {'key_dim': 0}, 'based: key_dim is at least 1'),
         ('linear_attention', {'eps': 0.0}, 'linear_attention: eps is above 0'),
+        ('rwkv6', {'rank': 0}, 'rwkv6: rank and decay_rank are at least 1'),
+        ('rwkv7', {'gate_rank': 0}, 'rwkv7: rank, gate_rank and chunk are at least 1'),
         ('gla', {'rank': 0}, 'gla: rank is at least 1'),
         ('gla', {'temperature': 0.0}, 'temperature above 0'),
     ):

@@ -1,0 +1,8 @@
+"""Recurrences with a diagonal plus a product of rank one as transition: RWKV-7 and such.
+
+Implementations: 'xla' (chunks, anywhere), 'reference' (the token loop).
+"""
+
+from effjax.kernels.dplr.op import dplr
+
+__all__ = ['dplr']

@@ -1,0 +1,61 @@
+"""FLOPs of recurrences with diagonal plus low-rank transitions, and chunk sizes of 'xla'.
+
+Plain Python: `effjax.costs` imports it without jax.
+"""
+
+CHUNK = 64  # tokens of a chunk unless the caller says otherwise
+LEAF = 16  # longest block whose pairs are formed one by one
+
+
+def model_flops(batch: int, length: int, heads: int, key_dim: int, value_dim: int) -> float:
+    """FLOPs of the recurrence: four multiply-adds an element of the state, and its decay.
+
+    The state is read by the transition and by the query, written by the transition and the key.
+    """
+    return 9.0 * batch * length * heads * key_dim * value_dim
+
+
+def chunk_size(length: int, chunk: int) -> int:
+    """Tokens of a chunk that 'xla' really uses: a leaf doubled some times."""
+    size = max(1, min(chunk, length))
+    leaf = min(LEAF, size)
+    while leaf < size:
+        leaf *= 2
+    return leaf
+
+
+def leaf_size(size: int) -> int:
+    """Tokens of the blocks that halving a chunk of `chunk_size` ends in."""
+    while size > LEAF:
+        size //= 2
+    return size
+
+
+def executed_flops(
+    implementation: str,
+    batch: int,
+    length: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    chunk: int = CHUNK,
+) -> float:
+    """FLOPs of the forward pass that an implementation really executes, as the walk counts them.
+
+    Of the 'reference' the products: two readings of the state. Of 'xla' all but elementwise work,
+    which pairs inside leaves are.
+    """
+    state = key_dim * value_dim
+    if implementation == 'reference':
+        return 4.0 * batch * length * heads * state
+    size = chunk_size(length, chunk)
+    chunks = batch * heads * -(-length // size)
+    halves, half = 0, leaf_size(size)
+    while half < size:
+        halves += 4 * size * half * key_dim
+        half *= 2
+    solve = size * size * (key_dim + value_dim) if size > 1 else 0
+    inside = halves + solve + 6 * size * size * value_dim
+    across = 8 * size * state
+    return float(chunks * (inside + across + 2 * size * key_dim))
