@@ -16,7 +16,7 @@ import pytest
 from effjax import compare
 from effjax.core.command import run_command
 from effjax.core.errors import StudyError
-from effjax.study import plan, preflight, store
+from effjax.study import lock, plan, preflight, store
 from effjax.study.records import Analysis, analysis_from_json
 
 # Numbers of a comparison that do not depend on a clock: the same whenever the runs are the same.
@@ -527,6 +527,29 @@ def test_a_signal_at_any_moment_is_obeyed(flags, tmp_path, capsys, batched):
         assert exact(run(argv, tmp_path / '2')) == whole
     finally:
         signal.signal(signal.SIGTERM, old)
+
+
+@pytest.mark.process
+def test_a_second_process_is_refused_and_workers_die_with_the_first(baseline, tmp_path):
+    argv = [*long_study(baseline), '--workers=2', '--budget=30000steps']  # outlasts the test
+    first = command(argv, tmp_path)
+    when_training(first, tmp_path, 2)
+    second = command(argv, tmp_path)
+    said = second.communicate()[1].splitlines()[-1]
+    assert second.returncode == 1
+    assert said.startswith(f'error: {tmp_path} is in use by process {first.pid} on ')
+    assert said.endswith('wait until it ends or stop it, or give another --out.')
+    tasks = pathlib.Path(f'/proc/{first.pid}/task').glob('*/children')
+    workers = [int(pid) for file in tasks for pid in file.read_text().split()]
+    assert len(workers) == 2
+    first.kill()
+    first.communicate()
+    deadline = time.monotonic() + 30
+    while any(lock._began(pid) not in ('', 'ended') for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    states = {json.loads(f.read_text())['status'] for f in tmp_path.rglob('cell.json')}
+    assert states == {'running'}
 
 
 @pytest.mark.process

@@ -12,7 +12,7 @@ from typing import Any
 from effjax.core.errors import StudyError
 from effjax.costs import page
 from effjax.study import analysis as analyses
-from effjax.study import plan, preflight, records, spec, stats, store
+from effjax.study import lock, plan, preflight, records, spec, stats, store
 from effjax.study.execute import Runner
 from effjax.study.records import Analysis, Cell
 from effjax.study.spec import AXES, Study
@@ -60,7 +60,8 @@ def compare(
       say: takes lines for the user.
 
     Raises:
-      StudyError: a study that cannot be run or judged, or stored results that are not its own.
+      StudyError: a study that cannot be run or judged, stored results that are not its own, or
+        another process that works in the folder.
       Stopped: a signal came; a `StudyError` too.
     """
     with Leaving():
@@ -86,14 +87,24 @@ def _compare(study: Study, folder: pathlib.Path, options: Options, say: Say) -> 
     todo = [*plan.tuning(study), *_finals(study, ())]
     missing = sum(len(runner.missing(g)) for g in todo)  # also refuses foreign results, at once
     folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(folder / 'study.json', spec.to_json(study))
-    if options.probe and missing == sum(len(g.jobs) for g in todo):
+    with lock.held(folder):
+        write_json_atomic(folder / 'study.json', spec.to_json(study))
+        probe = options.probe and missing == sum(len(g.jobs) for g in todo)
+        _work(study, runner, facts, probe=probe, say=say)
+        return report(study, folder, options.commands)
+
+
+def _work(
+    study: Study, runner: Runner, facts: Mapping[str, preflight.Facts], *, probe: bool, say: Say
+) -> None:
+    """Runs all that is missing, in order: what tells speed and noise, tuning, what is judged."""
+    if probe:
         runner.run([plan.probes(study)])
-    for line in expectation(study, facts, folder, batched=batched, workers=options.workers):
+    folder, workers = runner.out, len(runner.devices)
+    for line in expectation(study, facts, folder, batched=runner.batched, workers=workers):
         say(line)
     runner.run(plan.tuning(study))
     runner.run(_finals(study, collect(study, folder)))
-    return report(study, folder, options.commands)
 
 
 def report(study: Study, out: str | pathlib.Path, commands: Sequence[str] = ()) -> Analysis:

@@ -335,7 +335,7 @@ class _Process:
             root = pathlib.Path(__file__).parents[2].as_posix()
             env['PYTHONPATH'] = os.pathsep.join(filter(None, [root, env.get('PYTHONPATH', '')]))
             self._process = subprocess.Popen(
-                [sys.executable, '-m', 'effjax.study.worker'],
+                [sys.executable, '-m', 'effjax.study.worker', str(os.getpid())],
                 env=env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
