@@ -25,6 +25,7 @@ MIXERS = {
     'deltanet': 'effjax.layers.mixers.deltanet:DeltaNet',
     'gated_deltanet': 'effjax.layers.mixers.gated_deltanet:GatedDeltaNet',
     'gla': 'effjax.layers.mixers.gla:GLA',
+    'h3': 'effjax.layers.mixers.h3:H3',
     'hyena': 'effjax.layers.mixers.hyena:Hyena',
     'linear_attention': 'effjax.layers.mixers.linear_attention:LinearAttention',
     'mamba': 'effjax.layers.mixers.mamba:Mamba',
