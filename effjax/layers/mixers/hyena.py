@@ -146,7 +146,7 @@ class Hyena(Recurrent):
         y = self.out(y * parts['gate_0'])
         if old is None or not return_memory:
             return y, None
-        new['history'] = _remember(old['history'], jnp.stack(inputs, axis=2), info)
+        new['history'] = remember(old['history'], jnp.stack(inputs, axis=2), info)
         return y, new
 
     def _long(
@@ -192,8 +192,8 @@ class Hyena(Recurrent):
     def _check_length(self, length: int) -> None:
         if length > self.max_len:
             raise ConfigError(
-                f'hyena: {length} tokens, but its filters are built for {self.max_len}; give the '
-                'model a longer config.model.max_len.'
+                f'{self.name}: {length} tokens, but its filters are built for {self.max_len}; give '
+                'the model a longer config.model.max_len.'
             )
 
 
@@ -289,7 +289,7 @@ def _of_first(ids: jax.Array | None, position: jax.Array) -> jax.Array:
     return (ids == jnp.take_along_axis(ids, first, axis=1)) & (ids != 0)
 
 
-def _remember(history: jax.Array, inputs: jax.Array, info: SeqInfo) -> jax.Array:
+def remember(history: jax.Array, inputs: jax.Array, info: SeqInfo) -> jax.Array:
     """The history [B, S, N, D] of the last document, after inputs [B, T, N, D] at its places."""
     ids, position = info.segment_ids, info.positions
     row = jnp.arange(len(history))[:, None]
