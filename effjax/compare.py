@@ -10,7 +10,6 @@ command goes on where it stopped.
 
 import argparse
 import glob
-import os
 import pathlib
 import shlex
 import sys
@@ -39,8 +38,10 @@ def _obey(args: argparse.Namespace, overrides: Sequence[str], argv: Sequence[str
         print(_studies())
         return 0
     quiet_platform()
-    if args.workers > 1:  # this process only plans: it must leave the devices' memory to them
-        os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+    if args.workers > 1:
+        from effjax.study.execute import leave_memory_to_workers
+
+        leave_memory_to_workers()
     from effjax.study import spec
 
     study = _from_file(args, overrides) if args.study else _from_flags(args, overrides)

@@ -24,6 +24,11 @@ from effjax.study import stopping, store
 from effjax.study.plan import Group, Job
 from effjax.study.stopping import Stopped
 
+PREALLOCATE = 'XLA_PYTHON_CLIENT_PREALLOCATE'
+WORKER = ('-m', 'effjax.study.worker')
+STOP_SECONDS = 300.0  # that a run may take to save; its last checkpoint is what then remains
+CLOSE_SECONDS = 60.0  # that an idle process may take to end
+
 
 class Runner:
     """Runs groups of jobs in a study's folder.
@@ -289,11 +294,15 @@ class _Process:
     def __init__(self, device: str):
         self.device = device
         self._process: subprocess.Popen[str] | None = None
+        self._stopped = False
+        self._starting = threading.Lock()  # none is started behind the back of `stop`
         self._errors = tempfile.TemporaryFile('w+')  # noqa: SIM115 (closed by close())
 
     def ask(self, order: dict[str, Any]) -> str:
         """Runs an order; returns 'done', 'stopped', or what the process died of."""
         process = self._started()
+        if process is None:
+            return 'stopped'
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps(order) + '\n')
@@ -312,38 +321,66 @@ class _Process:
         return f'its process ended with exit code {code}: {last}'
 
     def stop(self) -> None:
-        """Asks a running order to save and leave."""
-        if self._process is not None:
-            self._process.terminate()
+        """Asks a running order to save and leave; ends it if it does not."""
+        with self._starting:
+            self._stopped = True
+            process = self._process
+        if process is not None:
+            process.terminate()
+            late = threading.Timer(STOP_SECONDS, process.kill)
+            late.daemon = True
+            late.start()  # who has ended by then cannot be killed: `Popen` knows
 
     def close(self) -> None:
-        """Ends the process, after its order if it has one."""
+        """Ends the process, which has no order any more."""
         if self._process is not None:
             assert self._process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
-            self._process.wait()
+            try:
+                self._process.wait(CLOSE_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
         self._errors.close()
 
-    def _started(self) -> subprocess.Popen[str]:
-        if self._process is None:
-            env = dict(os.environ)
-            if not self.device.startswith('cpu'):
-                env['CUDA_VISIBLE_DEVICES'] = self.device
-            # The parent may hold the first device's context; what it asked for itself is not ours.
-            env.pop('XLA_PYTHON_CLIENT_PREALLOCATE', None)
-            root = pathlib.Path(__file__).parents[2].as_posix()
-            env['PYTHONPATH'] = os.pathsep.join(filter(None, [root, env.get('PYTHONPATH', '')]))
-            self._process = subprocess.Popen(
-                [sys.executable, '-m', 'effjax.study.worker', str(os.getpid())],
-                env=env,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-                start_new_session=True,  # Ctrl-C reaches it through `stop` alone, once
-            )
-        return self._process
+    def _started(self) -> subprocess.Popen[str] | None:
+        """Returns the process, started if need be; None once it was asked to stop."""
+        with self._starting:
+            if self._stopped:
+                return None
+            if self._process is None:
+                self._process = self._start()
+            return self._process
+
+    def _start(self) -> subprocess.Popen[str]:
+        env = dict(os.environ)
+        if not self.device.startswith('cpu'):
+            env['CUDA_VISIBLE_DEVICES'] = self.device
+        root = pathlib.Path(__file__).parents[2].as_posix()
+        env['PYTHONPATH'] = os.pathsep.join(filter(None, [root, env.get('PYTHONPATH', '')]))
+        return subprocess.Popen(
+            [sys.executable, *WORKER, str(os.getpid())],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            start_new_session=True,  # Ctrl-C reaches it through `stop` alone, once
+        )
+
+
+def leave_memory_to_workers() -> None:
+    """Starts this process's devices without taking their memory, and lets no worker know.
+
+    What the user has said of it in the environment stays, here and for the workers.
+    """
+    import jax
+
+    if PREALLOCATE not in os.environ:
+        os.environ[PREALLOCATE] = 'false'
+        jax.devices()  # read now, and never again
+        del os.environ[PREALLOCATE]
 
 
 def worker(order: dict[str, Any]) -> str:
