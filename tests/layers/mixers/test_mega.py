@@ -1,0 +1,144 @@
+"""Mega against its paper in numpy, token by token and pair by pair, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from flax import nnx
+
+from effjax.core.context import Context
+from effjax.core.errors import ConfigError
+from effjax.core.info import SeqInfo
+from effjax.core.policy import Policy
+from effjax.layers.mixers import mega
+from effjax.layers.mixers.mega import Mega
+
+WIDTH, LENGTH = 6, 23
+
+
+def make(causal=True, **kw):
+    ctx = Context(width=WIDTH, policy=Policy(), causal=causal, bias=True, init='lecun', max_len=32)
+    mixer = Mega(ctx, **{'key_dim': 4, 'value_dim': 5, 'averages': 3, **kw}, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(mixer)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p + 0.5 * rng.normal(size=p.shape).astype(np.float32), params)
+    return nnx.merge(graphdef, params)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def turn(vector, t):
+    """A vector whose pairs (i, i + K/2) are turned by t / 10000^(2 i / K)."""
+    half = len(vector) // 2
+    angle = t / 10000.0 ** (np.arange(half) / half)
+    a, b = vector[:half], vector[half:]
+    return np.concatenate(
+        [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]
+    )
+
+
+def paper(p, x, *, chunk, weights):
+    """Mega for one sequence x [T, D] in float64: y with x + y = its output."""
+
+    def linear(name, x):
+        return x @ p[name]['kernel'] + p[name]['bias']
+
+    strength, damping = sigmoid(p['strength']), sigmoid(p['damping'])
+    average, m = np.zeros_like(strength), np.zeros_like(x)
+    for t in range(len(x)):
+        average = strength * p['enter'] * x[t][:, None] + (1 - strength * damping) * average
+        moved = np.sum(p['leave'] * average, axis=1) / np.sqrt(average.shape[1])
+        m[t] = silu(moved + p['skip'] * x[t])
+    z, v = silu(linear('shared', m)), silu(linear('value', x))
+    q = z * p['query_scale'] + p['query_offset']
+    k = z * p['key_scale'] + p['key_offset']
+    o = np.zeros((len(x), v.shape[1]))
+    for i in range(len(x)):
+        keys = np.arange(0 if chunk is None else i - i % chunk, i + 1)
+        score = k[keys] @ q[i]
+        bias = np.array([turn(p['query_position'], i) @ turn(p['key_position'], j) for j in keys])
+        if weights == 'softmax':
+            w = np.exp(score / np.sqrt(len(q[i])) + bias)
+            w /= w.sum()
+        else:
+            w = 0.5 * (
+                1
+                + scipy.special.erf((score / len(keys) + bias - 0.707107) / (0.282095 * np.sqrt(2)))
+            )
+        o[i] = w @ v[keys]
+    h = silu(linear('inward', m) + linear('out', o * silu(linear('reset', m))))
+    return sigmoid(linear('update', m)) * (h - x)
+
+
+@pytest.mark.parametrize('weights', ['softmax', 'laplace'])
+@pytest.mark.parametrize('chunk', [None, 5, 40])
+def test_against_the_paper(chunk, weights, monkeypatch):
+    """The whole, and nine tokens and the rest from their state; queries in blocks of 8."""
+    monkeypatch.setattr(mega, 'QUERIES', 8)
+    mixer = make(chunk=chunk, weights=weights)
+    params = nnx.to_pure_dict(nnx.state(mixer, nnx.Param))
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    x = np.asarray(jax.random.normal(jax.random.key(1), (2, LENGTH, WIDTH)))
+    expected = [paper(params, row.astype(np.float64), chunk=chunk, weights=weights) for row in x]
+    info = SeqInfo.of(2, LENGTH).positions
+    whole = mixer(jnp.asarray(x), info=SeqInfo(info))[0]
+    # float32 against float64
+    np.testing.assert_allclose(whole, expected, atol=2e-5, rtol=1e-4)
+    first, state, _ = mixer(x[:, :9], info=SeqInfo(info[:, :9]), return_state=True)
+    second = mixer(x[:, 9:], info=SeqInfo(info[:, 9:]), state=state)[0]
+    joined = np.concatenate([first, second], 1)
+    np.testing.assert_allclose(joined, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_rest_of_a_document_may_follow_padding():
+    mixer = make(chunk=4)
+    x = jax.random.normal(jax.random.key(1), (1, LENGTH, WIDTH))
+    info = SeqInfo.of(1, LENGTH).positions
+    whole = mixer(x, info=SeqInfo(info))[0]
+    _, state, _ = mixer(x[:, :9], info=SeqInfo(info[:, :9]), return_state=True)
+    gap = 6
+    padded = jnp.pad(x[:, 9:], ((0, 0), (gap, 0), (0, 0)), constant_values=7.0)
+    place = jnp.pad(info[:, 9:], ((0, 0), (gap, 0)))
+    ids = jnp.pad(jnp.ones_like(info[:, 9:]), ((0, 0), (gap, 0)))
+    rest = mixer(padded, info=SeqInfo(place, ids), state=state)[0][:, gap:]
+    np.testing.assert_allclose(rest, whole[:, 9:], atol=2e-5, rtol=1e-4)
+
+
+def test_a_chunk_needs_no_square_of_the_length():
+    def largest(length, chunk):
+        mixer = make(chunk=chunk)
+        x = jax.ShapeDtypeStruct((1, length, WIDTH), jnp.float32)
+        jaxpr = jax.make_jaxpr(lambda x: mixer(x, info=SeqInfo.of(1, length))[0])(x)
+        return max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars)
+
+    assert largest(1024, 8) <= 1024 * 64 < 1024 * 1024
+    assert largest(1024, None) < 1024 * 1024
+
+
+def test_the_state_of_a_chunk_does_not_grow():
+    assert make(chunk=4).state_bytes(1, 8, jnp.float32) == make(chunk=4).state_bytes(
+        1, 4096, jnp.float32
+    )
+    grown = make().state_bytes(1, 20, jnp.float32) - make().state_bytes(1, 10, jnp.float32)
+    assert grown == 10 * 4 * (4 + 5)
+
+
+def test_what_it_refuses():
+    with pytest.raises(ConfigError, match='mega is causal.*use attention'):
+        make(causal=False)
+    with pytest.raises(ConfigError, match='mega: chunk must be at least 1, got 0'):
+        make(chunk=0)
+    with pytest.raises(ConfigError, match='key_dim must be even'):
+        make(key_dim=3)
+    with pytest.raises(ConfigError, match="weights are 'softmax' or 'laplace', not 'relu2'"):
+        make(weights='relu2')
+    state = make(averages=2).init_state(2, 9, jnp.float32)
+    with pytest.raises(ValueError, match='mega got the state of another config'):
+        make()(jnp.zeros((2, 5, WIDTH)), info=SeqInfo.of(2, 5), state=state)
