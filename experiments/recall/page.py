@@ -1,0 +1,110 @@
+"""The recall sweep as a table of published, ours and their difference, and a plot against state."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from effjax.costs import svg
+from experiments.recall.cells import LENGTHS, MIXERS, WIDTHS, Cell
+
+NEAR = 0.05  # a larger difference from a published cell has to be explained
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns published | ours | difference, a line a mixer and length, as Markdown."""
+    found = {Cell(r['mixer'], r['length'], r['width']): r for r in rows}
+    head = ['mixer', 'N', *(f'd = {d}' for d in WIDTHS)]
+    out = [f'| {" | ".join(head)} |', f'| --- | ---: |{" ---: |" * len(WIDTHS)}']
+    for mixer in MIXERS:
+        for length in LENGTHS:
+            cells = [Cell(mixer, length, d) for d in WIDTHS]
+            if any(c in found for c in cells):
+                shown = [_cell(c, found.get(c)) for c in cells]
+                out.append(f'| {mixer} | {length} | {" | ".join(shown)} |')
+    return '\n'.join(out)
+
+
+def far(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the cells that differ from the published ones by more than `NEAR`, in words."""
+    out = []
+    for row in rows:
+        cell = Cell(row['mixer'], row['length'], row['width'])
+        if cell.published is not None and abs(row['accuracy'] - cell.published) > NEAR:
+            unsure = '' if cell.sure else ' (its marker is half hidden in the figure)'
+            out.append(
+                f'{cell.mixer}, N = {cell.length}, d = {cell.width}: {row["accuracy"]:.2f} against '
+                f'{cell.published:.2f}{unsure}'
+            )
+    return out
+
+
+def plot(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns accuracy against decoding state in bytes, over all cells, as an SVG file."""
+    series = []
+    for i, mixer in enumerate(MIXERS):
+        mine = sorted(
+            (r['state_bytes'], r['accuracy'])
+            for r in rows
+            if r['mixer'] == mixer and r['state_bytes']
+        )
+        if mine:
+            x, y = zip(*mine, strict=True)
+            series.append(svg.Series(mixer, x, y, colour=i, kind='dots'))
+    return svg.standalone(
+        svg.line_plot(
+            series, title='MQAR: accuracy against decoding state', x_label='state of a row, bytes',
+            log_x=True, y_zero=True, width=720, height=460,
+        )
+    )  # fmt: skip
+
+
+def write(rows: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> str:
+    """Writes results.md and state.svg into a folder and returns the page."""
+    devices = ', '.join(sorted({r['device'] for r in rows}))
+    total = len(MIXERS) * len(LENGTHS) * len(WIDTHS)
+    out = [
+        '# MQAR by the protocol of Zoology',
+        '',
+        f'{len(rows)} of {total} cells, on {devices}. Accuracy on 3,000 held-out rows, the best of '
+        'four learning rates: ours, then the published figure and the difference (`~`: read off a '
+        'marker that another one half hides).',
+        '',
+        table(rows),
+    ]
+    differing = far(rows)
+    if differing:
+        out += ['', f'Further than {NEAR} from the published cell:', '']
+        out += [f'- {line}' for line in differing]
+    out += ['', '## Learning rates', '', _rates(rows), '']
+    text = '\n'.join(out)
+    (folder / 'results.md').write_text(text)
+    (folder / 'state.svg').write_text(plot(rows))
+    return text
+
+
+def _cell(cell: Cell, row: Mapping[str, Any] | None) -> str:
+    published = cell.published
+    if row is None:
+        return 'not run' if published is None else f'not run / {published:.2f}'
+    ours = f'{row["accuracy"]:.2f}'
+    if published is None:
+        return ours
+    mark = '' if cell.sure else '~'
+    return f'{ours} / {mark}{published:.2f} / {row["accuracy"] - published:+.2f}'
+
+
+def _rates(rows: Sequence[Mapping[str, Any]]) -> str:
+    names = list(rows[0]['by_rate'])
+    out = [
+        f'| mixer | N | d | {" | ".join(names)} | steps |',
+        f'| --- | ---: | ---: |{" ---: |" * (len(names) + 1)}',
+    ]
+    for r in rows:
+        values = [
+            'diverged' if n in r['diverged'] else f'{r["by_rate"][n]:.3f}' for n in r['by_rate']
+        ]
+        steps = f'{r["steps"]:,} of {r["of_steps"]:,}'
+        out.append(
+            f'| {r["mixer"]} | {r["length"]} | {r["width"]} | {" | ".join(values)} | {steps} |'
+        )
+    return '\n'.join(out)

@@ -1,0 +1,94 @@
+"""The recall sweep: every model builds, a small cell trains, results resume, the page says it."""
+
+import json
+
+import pytest
+
+from experiments.recall import page, run
+from experiments.recall.cells import (
+    HIDDEN,
+    LENGTHS,
+    MIXERS,
+    PUBLISHED,
+    WIDTHS,
+    Cell,
+    configs,
+    order,
+)
+
+
+@pytest.mark.parametrize('mixer', MIXERS)
+def test_every_model_builds(mixer):
+    from effjax.training.runtime import Runtime
+
+    made = configs(Cell(mixer, 64, 64), rows=1000, held_out=64, epochs=2)
+    runtime = Runtime(made[0])
+    assert runtime.config['model']['vocab_size'] == 8192
+    assert runtime.config['task']['queries'] == 4
+    assert [c.schedule.peak for c in made] == pytest.approx(
+        [1e-4, 4.64e-4, 2.15e-3, 1e-2], rel=1e-2
+    )
+    # Two layers and no feed-forward parts: little beside the embedding of 8192 x 64.
+    assert 0 < runtime.params - 8192 * 64 < 110_000
+
+
+def test_the_protocol():
+    (config, *_) = configs(Cell('attention', 256, 128))
+    assert (config.batch_size, config.steps) == (256, 25_000)  # 64 epochs of 100,000 rows
+    assert config.data.to_dict() == {
+        'kind': 'mqar', 'seq_len': 256, 'pairs': 16, 'train': 100_000, 'valid': 3_000
+    }  # fmt: skip
+    assert configs(Cell('attention', 64, 128))[0].batch_size == 512
+    cells = order()
+    assert len(cells) == len(set(cells)) == len(MIXERS) * 9
+    published = [c.published is not None for c in cells]
+    assert published == sorted(published, reverse=True) and sum(published) == 45
+    assert all(Cell(*h).published is not None for h in HIDDEN)
+    assert set(PUBLISHED) < set(MIXERS)
+
+
+SMALL = {'rows': 1024, 'held_out': 64, 'epochs': 2, 'vocab_size': 64}
+
+
+@pytest.mark.ci
+def test_a_cell_trains_and_ends_early(tmp_path, monkeypatch, capsys):
+    cell = Cell('base_conv', 16, 64)
+    row = run.run_cell(cell, **SMALL)
+    assert row['steps'] == row['of_steps'] == 4 and not row['diverged']
+    assert set(row['by_rate']) == {'1.00e-04', '4.64e-04', '2.15e-03', '1.00e-02'}
+    assert row['accuracy'] == max(row['by_rate'].values()) and row['state_bytes'] > 0
+    monkeypatch.setattr(run, 'ENOUGH', -1.0)  # of which the first evaluation is enough
+    assert run.run_cell(cell, **SMALL)['steps'] < 4
+    monkeypatch.setattr(run, 'ENOUGH', 0.99)
+    assert run.run_cell(cell, until=0.0, **SMALL) is None
+    # What is done is not made again, and a torn last line is left out.
+    file = tmp_path / 'cells.jsonl'
+    file.write_text(json.dumps({**row, 'length': 64}) + '\n{"mixer"')
+    argv = ['run', '--mixers=base_conv', '--lengths=64', '--widths=64', f'--results={tmp_path}']
+    monkeypatch.setattr(run, 'run_cell', lambda *a, **kw: pytest.fail('made again'))
+    monkeypatch.setattr('sys.argv', argv)
+    run.main()
+    assert '| base_conv | 64 |' in capsys.readouterr().out
+
+
+def row(mixer, length, width, accuracy):
+    return {
+        'mixer': mixer, 'length': length, 'width': width, 'accuracy': accuracy,
+        'by_rate': {'1.00e-04': accuracy, '1.00e-02': 0.0}, 'diverged': ['1.00e-02'],
+        'steps': 100, 'of_steps': 12500, 'state_bytes': 1000 * width, 'device': 'cpu',
+    }  # fmt: skip
+
+
+def test_the_page(tmp_path):
+    rows = [row('hyena', 64, 64, 0.5), row('hyena', 128, 64, 0.5), row('mamba', 64, 128, 0.9)]
+    text = page.write(rows, tmp_path)
+    assert '| hyena | 64 | 0.50 / 0.52 / -0.02 | not run / 0.75 | not run / 0.84 |' in text
+    assert '| hyena | 128 | 0.50 / ~0.20 / +0.30 |' in text
+    assert '| mamba | 64 | not run | 0.90 | not run |' in text
+    assert page.far(rows) == [
+        'hyena, N = 128, d = 64: 0.50 against 0.20 (its marker is half hidden in the figure)'
+    ]
+    assert '| mamba | 64 | 128 | 0.900 | diverged | 100 of 12,500 |' in text
+    assert f'3 of {len(MIXERS) * len(LENGTHS) * len(WIDTHS)} cells, on cpu' in text
+    assert (tmp_path / 'results.md').read_text() == text
+    assert 'hyena' in (tmp_path / 'state.svg').read_text()
