@@ -8,6 +8,21 @@ import jax.numpy as jnp
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """Another sequence that a mixer attends to: its `context`.
+
+    Attributes:
+      x: [B, S, D], in the compute dtype.
+      segment_ids: int32 [B, S] or None; a token reads what has its own document's id, and never
+        padding (0). None: every token of the context is for every token.
+    """
+
+    x: jax.Array
+    segment_ids: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SeqInfo:
     """Positions, documents and randomness of one batch.
 

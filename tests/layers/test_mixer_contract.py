@@ -37,6 +37,7 @@ CONFIGS = {
         },
     ],
     'based': [{'heads': 2, 'key_dim': 3}],
+    'bigbird': [{'heads': 2, 'block': 2, 'near': 1, 'random': 1}],
     'deltanet': [{'heads': 2, 'key_dim': 4, 'value_dim': 8, 'chunk': 5}],
     'gated_deltanet': [{'heads': 2, 'key_dim': 5, 'value_dim': 7, 'chunk': 4, 'negative': True}],
     'gla': [{'heads': 2, 'key_dim': 5, 'conv': 3}],
@@ -44,8 +45,10 @@ CONFIGS = {
     'hyena': [{'filter_width': 8}],
     'linear_attention': [{'heads': 2, 'key_dim': 5}],
     'linformer': [{'heads': 2, 'rank': 4}],
+    'longformer': [{'heads': 2, 'reach': 2, 'global_tokens': 1}],
     'mamba': [{'expand': 2, 'state': 4, 'chunk': 4}],
     'mamba2': [{'head_dim': 6, 'state': 5, 'groups': 2}],
+    'mate': [{'heads': 2, 'columns': 3}],
     'mega': [{'key_dim': 4, 'value_dim': 5, 'averages': 3, 'chunk': 4}],
     'nystromformer': [{'heads': 2, 'landmarks': 4, 'conv': 3}],
     'retnet': [{'heads': 2}],
@@ -61,6 +64,9 @@ CONFIGS = {
 MORE = {
     'attention': [{'heads': 3, 'kv_heads': 1, 'head_dim': 6, 'implementation': 'reference'}],
     'based': [{'heads': 3, 'key_dim': 4, 'value_dim': 3, 'conv': 3}],
+    'bigbird': [
+        {'heads': 2, 'kv_heads': 1, 'block': 1, 'random': 2, 'implementation': 'reference'}
+    ],
     'deltanet': [{'heads': 3, 'gate': True, 'conv': 0, 'implementation': 'reference'}],
     'gated_deltanet': [{'heads': 1, 'chunk': 1, 'conv': 0}, {'heads': 2, 'gate': False}],
     'gla': [{'heads': 3, 'implementation': 'reference', 'temperature': 0.5}],
@@ -71,8 +77,12 @@ MORE = {
         {'heads': 3, 'rank': 5, 'share': 'none', 'bias': True},
         {'heads': 2, 'rank': 3, 'share': 'key_value', 'head_dim': 6},
     ],
+    'longformer': [
+        {'heads': 4, 'kv_heads': 2, 'reach': 4, 'dilation': 2, 'bias': True, 'qk_norm': True}
+    ],
     'mamba': [{'state': 3, 'dt_rank': 2, 'norms': True, 'implementation': 'reference'}],
     'mamba2': [{'expand': 1, 'head_dim': 4, 'state': 3, 'implementation': 'reference'}],
+    'mate': [{'heads': 4, 'kv_heads': 2, 'columns': 2, 'global_tokens': 1}],
     'mega': [{'key_dim': 2, 'averages': 2, 'weights': 'laplace', 'implementation': 'reference'}],
     'nystromformer': [
         {'heads': 3, 'landmarks': 3, 'iterations': 4, 'bias': True},

@@ -4,7 +4,7 @@ Implementations, best first: 'cudnn' (NVIDIA GPU, 16 bits), 'splash' (TPU), 'xla
 'reference' (dense truth in float32).
 """
 
+from effjax.kernels.attention.mask import MaskSpec
 from effjax.kernels.attention.op import attention, save_attention
-from effjax.kernels.attention.problem import MaskSpec
 
 __all__ = ['MaskSpec', 'attention', 'save_attention']

@@ -3,6 +3,8 @@
 Plain Python: `effjax.costs` imports it without jax.
 """
 
+from effjax.kernels.attention.mask import MaskSpec, plan
+
 DENSE_MAX = 1024  # longest sequence whose whole score matrix 'xla' forms
 BLOCK = 512  # rows and columns of a block of the blockwise form
 BAND_MIN = 64  # smallest block of the banded form; below it products are too thin
@@ -31,16 +33,31 @@ def attention_flops(batch: int, heads: int, head_dim: int, scored: float) -> flo
     return 4.0 * batch * heads * head_dim * scored
 
 
-def strategy(q_len: int, kv_len: int, *, mask: str, window: int | None, positions: bool) -> str:
-    """Which form 'xla' takes: 'dense' (T x S scores), 'band' (blocks of a window) or 'blocks'.
+def strategy(
+    q_len: int,
+    kv_len: int,
+    *,
+    mask: str,
+    window: int | None,
+    positions: bool,
+    spec: MaskSpec | None = None,
+) -> str:
+    """Which form 'xla' takes.
+
+    'dense' (T x S scores), 'band' (blocks of a window), 'gather' (of a sparse mask's blocks of
+    keys) or 'blocks' (one after another).
 
     Args:
       q_len: number of queries T.
       kv_len: number of keys S.
-      mask: 'causal', 'full' or 'array'.
+      mask: 'causal', 'full', 'array' or 'sparse'.
       window: width of the sliding window, or None.
       positions: True where order is given by arrays, so that no block can be left out.
+      spec: the sparse mask.
     """
+    planned = spec is not None and not positions and q_len == kv_len
+    if spec is not None and planned and 2 * plan(spec, q_len).scored < q_len**2:
+        return 'gather'
     by_index = mask == 'causal' and not positions and q_len == kv_len
     if by_index and window is not None and 2 * band_block(window) < q_len:
         return 'band'
@@ -77,6 +94,7 @@ def executed_pairs(
     *,
     mask: str = 'causal',
     window: int | None = None,
+    spec: MaskSpec | None = None,
 ) -> float:
     """Pairs a head and row that an implementation really scores, masked ones included.
 
@@ -88,13 +106,17 @@ def executed_pairs(
         return pairs(q_len, kv_len, mask=mask, window=window)
     if implementation == 'reference':
         return q_len * kv_len
-    form = strategy(q_len, kv_len, mask=mask, window=window, positions=False)
+    form = strategy(q_len, kv_len, mask=mask, window=window, positions=False, spec=spec)
+    if form == 'gather':
+        assert spec is not None
+        return plan(spec, q_len).scored
     if form == 'dense':
         return q_len * kv_len
     if form == 'band':
         assert window is not None
         block = band_block(window)
         return -(-q_len // block) * block * 2 * block
+    mask = 'causal' if spec is not None and spec.causal else mask
     return len(block_pairs(q_len, kv_len, mask=mask, window=window, positions=False)) * BLOCK**2
 
 
@@ -108,7 +130,8 @@ def executed_flops(
     kv_len: int | None = None,
     mask: str = 'causal',
     window: int | None = None,
+    spec: MaskSpec | None = None,
 ) -> float:
     """FLOPs of the forward products that an implementation really executes."""
-    scored = executed_pairs(implementation, q_len, kv_len, mask=mask, window=window)
+    scored = executed_pairs(implementation, q_len, kv_len, mask=mask, window=window, spec=spec)
     return attention_flops(batch, heads, head_dim, scored)

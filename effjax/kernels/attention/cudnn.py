@@ -33,6 +33,8 @@ def refuse(problem: Problem) -> str | None:
         return f'it needs an NVIDIA GPU, not {choice.platform()}'
     if problem.dtype not in ('bfloat16', 'float16'):
         return f'it takes bfloat16 or float16, not {problem.dtype}'
+    if problem.spec is not None:
+        return 'it would compute a sparse mask in full'
     if problem.soft_cap is not None:
         return 'it has no soft cap on the scores'
     if problem.dropout:

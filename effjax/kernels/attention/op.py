@@ -1,5 +1,6 @@
 """The public function: checks the call, picks an implementation, runs it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 
 from effjax.kernels import choice
 from effjax.kernels.attention import cudnn, reference, splash, xla
-from effjax.kernels.attention.problem import Extras, MaskSpec, Problem, check_ids, check_shapes
+from effjax.kernels.attention.mask import MaskSpec
+from effjax.kernels.attention.problem import Extras, Problem, check_ids, check_shapes
 
 _IMPLEMENTATIONS = {'cudnn': cudnn, 'splash': splash, 'xla': xla, 'reference': reference}
 
@@ -17,7 +19,7 @@ def attention(
     k_BSGD: jax.Array,
     v_BSGD: jax.Array,
     *,
-    mask: str | jax.Array | MaskSpec = 'causal',
+    mask: str | jax.Array | MaskSpec | Sequence[MaskSpec] = 'causal',
     window: int | None = None,
     segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
@@ -38,12 +40,14 @@ def attention(
       q_BTHD: queries [B, T, H, D].
       k_BSGD: keys [B, S, G, D]; H is a multiple of G (arXiv 1911.02150, 2305.13245).
       v_BSGD: values [B, S, G, D].
-      mask: 'causal' (key j <= query i), 'full', a `MaskSpec`, or bool [T, S], True = may attend.
+      mask: 'causal' (key j <= query i), 'full', a `MaskSpec`, or bool [T, S], True = may attend;
+        a `MaskSpec` for each query head where they differ (the heads of one mask run together).
       window: with a causal mask, only i - window < j <= i.
       segment_ids: int32 [B, T], the document of each token; 0 is padding; an id does not come
         back in a row once another has followed it. None: one document a row.
       kv_segment_ids: int32 [B, S]; None means `segment_ids`.
-      q_positions: int32 [B, T], places in order that replace the index in a causal mask.
+      q_positions: int32 [B, T], places in order that replace the index in a causal mask; in a
+        sparse one places in the document, which follow from `segment_ids` where they are not given.
       kv_positions: int32 [B, S]; given together with `q_positions`.
       scale: factor on the scores; None means 1 / sqrt(D).
       soft_cap: scores become cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118).
@@ -58,6 +62,14 @@ def attention(
       ValueError: shapes that do not fit, a mask that cannot be, or an implementation that cannot
         run this call here.
     """
+    if isinstance(mask, list | tuple):
+        rest = {
+            'window': window, 'segment_ids': segment_ids, 'kv_segment_ids': kv_segment_ids,
+            'q_positions': q_positions, 'kv_positions': kv_positions, 'scale': scale,
+            'soft_cap': soft_cap, 'dropout': dropout, 'rng': rng,
+            'implementation': implementation,
+        }  # fmt: skip
+        return _by_head(q_BTHD, k_BSGD, v_BSGD, mask, rest)
     problem, extras = _problem(
         q_BTHD, k_BSGD, v_BSGD, mask, window, segment_ids, kv_segment_ids, q_positions,
         kv_positions, scale, soft_cap, dropout, rng,
@@ -74,6 +86,25 @@ def attention(
         return run.attend(problem, extras, q_BTHD, k_BSGD, v_BSGD)
 
 
+def _by_head(
+    q: jax.Array, k: jax.Array, v: jax.Array, masks: Sequence[MaskSpec], rest: dict[str, Any]
+) -> jax.Array:
+    """Attention with a mask for each query head: one call for each different mask."""
+    heads, groups = q.shape[2], k.shape[2]
+    if len(masks) != heads or heads % groups:
+        raise ValueError(f'attention: {len(masks)} masks for {heads} heads; give one for each.')
+    o = jnp.zeros_like(q)
+    for n, mask in enumerate(dict.fromkeys(masks)):
+        chosen = [h for h in range(heads) if masks[h] == mask]
+        served = [h // (heads // groups) for h in chosen]
+        key, value = (jnp.take(x, jnp.array(served), axis=2) for x in (k, v))
+        if rest['rng'] is not None:
+            rest = {**rest, 'rng': jax.random.fold_in(rest['rng'], n)}
+        at = jnp.array(chosen)
+        o = o.at[:, :, at].set(attention(q[:, :, at], key, value, mask=mask, **rest))
+    return o
+
+
 def save_attention(primitive: Any, *_: Any, **params: Any) -> bool:
     """A rematerialisation policy that saves what attention's backward pass needs.
 
@@ -88,6 +119,8 @@ def save_attention(primitive: Any, *_: Any, **params: Any) -> bool:
 
 def _facts(problem: Problem) -> dict[str, Any]:
     facts: dict[str, Any] = {'shape': problem.shape, 'dtype': problem.dtype, 'mask': problem.mask}
+    if problem.spec is not None:
+        facts['spec'] = problem.spec
     if problem.window is not None:
         facts['window'] = problem.window
     return facts
@@ -99,10 +132,11 @@ def _problem(
 ) -> tuple[Problem, Extras]:  # fmt: skip
     shape = check_shapes(q, k, v)
     batch, q_len, kv_len, *_, head_dim = shape
-    if isinstance(mask, MaskSpec):
+    spec = mask if isinstance(mask, MaskSpec) and not mask.plain else None
+    if isinstance(mask, MaskSpec) and spec is None:
         window = mask.window if window is None else window
         mask = 'causal' if mask.causal else 'full'
-    kind, array = _mask_kind(mask, q_len, kv_len)
+    kind, array = ('sparse', None) if spec else _mask_kind(mask, q_len, kv_len)
     if window is not None and (kind != 'causal' or window < 1):
         raise ValueError(f'attention: a window of {window} needs a causal mask and at least 1.')
     if segment_ids is None and kv_segment_ids is not None:
@@ -120,8 +154,13 @@ def _problem(
     check_ids('kv_segment_ids', kv_segment_ids, (batch, kv_len))
     check_ids('q_positions', q_positions, (batch, q_len))
     check_ids('kv_positions', kv_positions, (batch, kv_len))
-    if kind != 'causal':
-        q_positions = kv_positions = None  # order matters to a causal mask only
+    lengths, ordered = None, q_positions is None
+    if spec is not None:
+        q_positions, kv_positions, lengths = _places(
+            spec, (q_len, kv_len), segment_ids if shared else None, q_positions, kv_positions
+        )
+    elif kind != 'causal':
+        q_positions = kv_positions = None  # order matters to such a mask only
     if dropout and rng is None:
         raise ValueError('attention: dropout needs a PRNG key (rng).')
     problem = Problem(
@@ -135,9 +174,44 @@ def _problem(
         scale=head_dim**-0.5 if scale is None else float(scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
         dropout=float(dropout),
+        spec=spec,
+        ordered=ordered,
     )
-    extras = Extras(segment_ids, kv_segment_ids, q_positions, kv_positions, array, rng)
+    extras = Extras(segment_ids, kv_segment_ids, q_positions, kv_positions, array, lengths, rng)
     return problem, extras
+
+
+def _places(
+    spec: MaskSpec,
+    lengths: tuple[int, int],
+    ids: jax.Array | None,
+    q_positions: jax.Array | None,
+    kv_positions: jax.Array | None,
+) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
+    """Places of queries and keys in their documents, and lengths; None where indices serve."""
+    ahead = spec.last_tokens or (spec.random and not spec.causal)
+    if ids is not None and spec.absolute:
+        if spec.table is not None:
+            raise ValueError('attention: a mask with a table of blocks takes no documents.')
+        same = jnp.concatenate([ids[:, :1] * 0, ids[:, 1:] - ids[:, :-1]], axis=1) == 0
+        index = jnp.arange(ids.shape[1])
+        first = jax.lax.cummax(jnp.where(same, 0, index), axis=1)
+        ends = jnp.pad(~same[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+        last = jax.lax.cummin(jnp.where(ends, index, ids.shape[1]), axis=1, reverse=True)
+        if q_positions is None or kv_positions is None:
+            q_positions = kv_positions = index - first
+        return q_positions, kv_positions, last - first + 1 if ahead else None
+    if q_positions is None and lengths[0] != lengths[1]:
+        raise ValueError(
+            f'attention: a sparse mask over {lengths[0]} queries and {lengths[1]} keys needs '
+            'positions.'
+        )
+    if q_positions is not None and ahead:
+        raise ValueError(
+            'attention: last tokens, and random blocks ahead, need whole documents, without '
+            'positions.'
+        )
+    return q_positions, kv_positions, None
 
 
 def _mask_kind(mask: Any, q_len: int, kv_len: int) -> tuple[str, jax.Array | None]:

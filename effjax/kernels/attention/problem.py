@@ -5,18 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-
-@dataclasses.dataclass(frozen=True)
-class MaskSpec:
-    """A mask said in words, which kernels can use to skip work.
-
-    Attributes:
-      causal: query i sees keys j <= i.
-      window: with `causal`, query i sees only i - window < j <= i.
-    """
-
-    causal: bool = True
-    window: int | None = None
+from effjax.kernels.attention.mask import MaskSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +15,16 @@ class Problem:
     Attributes:
       shape: (B, T, S, H, G, D): batch, queries, keys, heads, key-value heads, head dimension.
       dtype: name of the inputs' dtype.
-      mask: 'causal', 'full' or 'array'.
-      window: sliding window, or None.
+      mask: 'causal', 'full', 'array' or 'sparse'.
+      window: sliding window of a causal mask, or None.
       segments: documents are told apart by ids.
       shared_segments: queries and keys are the same tokens with the same ids.
       positions: order is given by arrays instead of by index.
       scale: factor on the scores.
       soft_cap: scores become cap * tanh(score / cap), or None.
       dropout: rate at which attention weights are dropped.
+      spec: the mask in words, where it is 'sparse'.
+      ordered: positions, where a sparse mask has them, grow along a row within a document.
     """
 
     shape: tuple[int, int, int, int, int, int]
@@ -46,6 +37,8 @@ class Problem:
     scale: float
     soft_cap: float | None
     dropout: float
+    spec: MaskSpec | None = None
+    ordered: bool = True
 
     @property
     def may_be_empty(self) -> bool:
@@ -65,6 +58,7 @@ class Extras:
       q_positions: int32 [B, T].
       kv_positions: int32 [B, S].
       mask: bool [T, S], True where a query may attend.
+      lengths: int32 [B, T], tokens of each query's document, where a sparse mask needs them.
       rng: PRNG key for dropout.
     """
 
@@ -73,6 +67,7 @@ class Extras:
     q_positions: jax.Array | None = None
     kv_positions: jax.Array | None = None
     mask: jax.Array | None = None
+    lengths: jax.Array | None = None
     rng: jax.Array | None = None
 
 
@@ -129,6 +124,10 @@ def allowed(
         out = columns <= rows
         if problem.window is not None:
             out &= columns > rows - problem.window
+    if problem.mask == 'sparse':
+        assert problem.spec is not None
+        length = problem.shape[2] if extras.lengths is None else extras.lengths[..., :, None]
+        out = problem.spec.allowed(q_index[..., :, None], kv_index[..., None, :], length)
     if problem.mask == 'array':
         out = extras.mask
     if problem.segments:

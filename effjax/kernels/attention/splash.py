@@ -27,7 +27,7 @@ def refuse(problem: Problem) -> str | None:
         return f'it takes bfloat16 or float32, not {problem.dtype}'
     if problem.dropout:
         return 'it has no dropout of attention weights'
-    if problem.mask == 'array' or problem.positions:
+    if problem.mask in ('array', 'sparse') or problem.positions:
         return 'its masks are static: causal, full or a window'
     if problem.mask == 'causal' and q_len != kv_len:
         return 'a causal mask needs as many queries as keys'

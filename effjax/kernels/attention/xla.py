@@ -1,9 +1,11 @@
 """Attention in plain XLA: runs anywhere, differentiable, keys and values never repeated.
 
-Three forms, by `cost.strategy`:
+Four forms, by `cost.strategy`:
   dense: the whole score matrix, for short sequences and single queries;
   band: with a sliding window, each block of queries against its own and the previous block of
     keys, so that T x T is never formed;
+  gather: with a sparse mask, each block of queries against the blocks of keys that its plan names
+    (`mask.plan`), and the few queries that see all against all;
   blocks: long sequences as a scan over the (query, key) block pairs that the mask allows, with a
     running softmax; the backward pass recomputes the probabilities from the log-sum-exp
     (Rabe and Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135).
@@ -17,9 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from effjax.kernels.attention import cost
+from effjax.kernels.attention.mask import plan as mask_plan
 from effjax.kernels.attention.problem import Extras, Problem, allowed
 
 
@@ -31,10 +35,15 @@ def refuse(problem: Problem) -> str | None:
 
 
 def form(problem: Problem) -> str:
-    """Returns 'dense', 'band' or 'blocks'."""
+    """Returns 'dense', 'band', 'gather' or 'blocks'."""
     _, q_len, kv_len, *_ = problem.shape
     return cost.strategy(
-        q_len, kv_len, mask=problem.mask, window=problem.window, positions=problem.positions
+        q_len,
+        kv_len,
+        mask=problem.mask,
+        window=problem.window,
+        positions=problem.positions,
+        spec=problem.spec,
     )
 
 
@@ -44,7 +53,9 @@ def attend(
     """Returns attention's output [B, T, H, D] in the dtype of q."""
     batch, q_len, _, heads, kv_heads, head_dim = problem.shape
     q_BTGRD = q_BTHD.reshape(batch, q_len, kv_heads, heads // kv_heads, head_dim)
-    forms: dict[str, Any] = {'dense': _dense, 'band': _band, 'blocks': _blocks}
+    forms: dict[str, Any] = {
+        'dense': _dense, 'band': _band, 'gather': _gather, 'blocks': _blocks,
+    }  # fmt: skip
     run = forms[form(problem)]
     o_BTHD = run(problem, extras, q_BTGRD, k_BSGD, v_BSGD).reshape(q_BTHD.shape)
     if extras.q_segments is not None:
@@ -132,6 +143,55 @@ def _band(problem: Problem, extras: Extras, q: jax.Array, k: jax.Array, v: jax.A
         mask[..., None, None, :, :],
     )
     return o.reshape(o.shape[0], n * size, *o.shape[3:])[:, :length]
+
+
+def _gather(
+    problem: Problem, extras: Extras, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    # Rematerialised, so that keys and values gathered many times are not kept so.
+    return jax.checkpoint(_gathered, static_argnums=0)(problem, extras, q, k, v)
+
+
+def _gathered(
+    problem: Problem, extras: Extras, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    assert problem.spec is not None
+    made, length = mask_plan(problem.spec, q.shape[1]), q.shape[1]
+    n, size = len(made.table), len(made.order) // len(made.table)
+    blocks = np.where(made.table >= 0, made.table, 0)
+    q_index = made.order.reshape(n, size)
+    kv_index = np.where((made.table >= 0)[..., None], q_index[blocks], -1).reshape(n, -1)
+    kv_index = np.where(np.isin(kv_index, made.shared), -1, kv_index)
+    shared = np.broadcast_to(made.shared, (n, len(made.shared)))
+    kv_index = np.concatenate([kv_index, shared], axis=1)
+
+    def queries(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [B, N, C, ...]
+        return jnp.take(x, np.maximum(q_index, 0), axis=1)
+
+    def keys(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [B, N, M C + G, ...]
+        near = jnp.take(queries(x), blocks, axis=1)
+        near = near.reshape(x.shape[0], n, -1, *x.shape[2:])
+        some = jnp.take(x, shared, axis=1)
+        return jnp.concatenate([near, some], axis=2)
+
+    parts = Extras()
+    if problem.segments:
+        assert extras.q_segments is not None and extras.kv_segments is not None
+        parts = Extras(queries(extras.q_segments), keys(extras.kv_segments))
+    mask = allowed(problem, parts, jnp.asarray(q_index), jnp.asarray(kv_index))
+    assert mask is not None
+    mask &= (kv_index >= 0)[:, None, :]
+    o = _attend_scored(
+        problem, extras.rng, queries(q), keys(k), keys(v), mask[..., None, None, :, :]
+    )
+    back = np.zeros(length, int)
+    back[made.order[made.order >= 0]] = np.flatnonzero(made.order >= 0)
+    o = jnp.take(o.reshape(o.shape[0], n * size, *o.shape[3:]), back, axis=1)
+    if not len(made.rows):
+        return o
+    rng = None if extras.rng is None else jax.random.fold_in(extras.rng, 1)
+    # Documents never come here: with them, who sees all depends on where they begin.
+    return o.at[:, made.rows].set(_attend_scored(problem, rng, q[:, made.rows], k, v, None))
 
 
 def _blocks(problem: Problem, extras: Extras, *qkv: jax.Array) -> jax.Array:
@@ -225,13 +285,11 @@ blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
 
 def _pairs(problem: Problem, block: int) -> tuple[jax.Array, jax.Array]:
     _, q_len, kv_len, *_ = problem.shape
+    mask, positions, spec = problem.mask, problem.positions, problem.spec
+    if spec is not None and spec.causal and problem.ordered:
+        mask, positions = 'causal', False  # places grow along the row within a document
     found = cost.block_pairs(
-        q_len,
-        kv_len,
-        block=block,
-        mask=problem.mask,
-        window=problem.window,
-        positions=problem.positions,
+        q_len, kv_len, block=block, mask=mask, window=problem.window, positions=positions
     )
     return jnp.array([i for i, _ in found]), jnp.array([j for _, j in found])
 
@@ -249,6 +307,7 @@ def _block_scores(problem, extras, block, q, k, q_i, k_j, i, j):
         kv_segments=cut(extras.kv_segments, j, 0),
         q_positions=cut(extras.q_positions, i, 0),
         kv_positions=cut(extras.kv_positions, j, 0),
+        lengths=cut(extras.lengths, i, 1),
     )
     if extras.mask is not None:
         pad = [(0, -(-n // block) * block - n) for n in extras.mask.shape]

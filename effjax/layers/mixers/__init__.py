@@ -22,6 +22,7 @@ cannot do a thing raises a `ValueError` naming itself, the thing, and what to us
 MIXERS = {
     'attention': 'effjax.layers.mixers.attention:Attention',
     'based': 'effjax.layers.mixers.based:Based',
+    'bigbird': 'effjax.layers.mixers.bigbird:BigBird',
     'deltanet': 'effjax.layers.mixers.deltanet:DeltaNet',
     'gated_deltanet': 'effjax.layers.mixers.gated_deltanet:GatedDeltaNet',
     'gla': 'effjax.layers.mixers.gla:GLA',
@@ -29,8 +30,10 @@ MIXERS = {
     'hyena': 'effjax.layers.mixers.hyena:Hyena',
     'linear_attention': 'effjax.layers.mixers.linear_attention:LinearAttention',
     'linformer': 'effjax.layers.mixers.linformer:Linformer',
+    'longformer': 'effjax.layers.mixers.longformer:Longformer',
     'mamba': 'effjax.layers.mixers.mamba:Mamba',
     'mamba2': 'effjax.layers.mixers.mamba2:Mamba2',
+    'mate': 'effjax.layers.mixers.mate:Mate',
     'mega': 'effjax.layers.mixers.mega:Mega',
     'nystromformer': 'effjax.layers.mixers.nystromformer:Nystromformer',
     'retnet': 'effjax.layers.mixers.retnet:RetNet',

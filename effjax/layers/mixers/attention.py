@@ -11,7 +11,7 @@ from flax import nnx
 from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops
 from effjax.core.errors import ConfigError
-from effjax.core.info import SeqInfo
+from effjax.core.info import SeqInfo, Source
 from effjax.core.keys import branch
 from effjax.kernels import attention
 from effjax.kernels.attention.cost import attention_flops, pairs
@@ -51,7 +51,7 @@ class Attention(nnx.Module):
     """
 
     causal: bool = True
-    supports = frozenset({'packing', 'stepping', 'bidirectional'})
+    supports = frozenset({'packing', 'stepping', 'bidirectional', 'context'})
 
     def __init__(
         self,
@@ -123,15 +123,14 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, State | None, dict[str, Any]]:
         """Returns (y [B, T, D], the new state or None, {}); see `layers.mixers`.
 
-        Without a state but with `return_state` the new cache has `ctx.max_len` slots.
+        Without a state but with `return_state` the new cache has `ctx.max_len` slots. With a
+        `context`, a `Source` or an array [B, S, D], queries read all of it that is of their
+        document, in no order: neither positions nor a window say anything between two sequences.
         """
         chex.assert_rank(x_BTD, 3)
         chex.assert_shape(info.positions, x_BTD.shape[:2])
         if context is not None:
-            raise ConfigError(
-                'attention reads its own sequence only: it takes no context; use a cross-attention '
-                'mixer.'
-            )
+            return self._output(self._across(x_BTD, info, context, state, return_state)), None, {}
         if state is not None or return_state:
             self._need_causal('decoding state')
         q, k, v = self._project(x_BTD, info)
@@ -172,7 +171,7 @@ class Attention(nnx.Module):
         """Cost of one forward pass; scores and values count the pairs that the mask allows."""
         tokens, inner = batch * seq_len, self.heads * self.head_dim
         inner_kv = self.kv_heads * self.head_dim
-        scored = pairs(seq_len, mask='causal' if self.causal else 'full', window=self.window)
+        scored = self._scored(seq_len)
         params = self.width * (2 * inner + 2 * inner_kv)
         if self.with_bias:
             params += inner + 2 * inner_kv + self.width
@@ -189,6 +188,10 @@ class Attention(nnx.Module):
             + 4 * tokens * self.heads,
             state_bytes=self.state_bytes(batch, seq_len, self.policy.compute_dtype),
         )
+
+    def _scored(self, seq_len: int) -> float:
+        """Pairs that a head scores, on average over the heads."""
+        return pairs(seq_len, mask='causal' if self.causal else 'full', window=self.window)
 
     def _slots(self, max_len: int) -> int:
         return max_len if self.window is None else min(self.window, max_len)
@@ -255,6 +258,43 @@ class Attention(nnx.Module):
             return 'heads', None
         divides = self.kv_heads % ways == 0 and rules['heads'] == rules['kv_heads']
         return ('heads', 'kv_heads') if divides else (None, None)
+
+    def _across(
+        self, x_BTD: jax.Array, info: SeqInfo, context: Any, state: State | None, keep: bool
+    ) -> jax.Array:
+        """Cross-attention (arXiv 1706.03762): queries of x, keys and values of the context."""
+        if 'context' not in self.supports:
+            raise ConfigError(
+                f'{type(self).__name__} reads its own sequence only: it takes no context; use '
+                "mixer.kind='attention'."
+            )
+        if state is not None or keep:
+            raise ConfigError(
+                'attention to a context keeps no decoding state: call it with the whole context.'
+            )
+        source = context if isinstance(context, Source) else Source(context)
+        chex.assert_shape(source.x, (x_BTD.shape[0], None, self.width))
+        q, k, v = self.query(x_BTD), self.key(source.x), self._values(source.x)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        ids, kv_ids = info.segment_ids, source.segment_ids
+        if ids is None and kv_ids is not None:  # one document, and a context with padding
+            ids, kv_ids = jnp.ones(x_BTD.shape[:2], jnp.int32), (kv_ids != 0).astype(jnp.int32)
+        if ids is not None and kv_ids is None:
+            kv_ids, ids = jnp.ones(k.shape[:2], jnp.int32), (ids != 0).astype(jnp.int32)
+        dropout = self.attention_dropout if info.train else 0.0
+        return attention(
+            q,
+            k,
+            v,
+            mask='full',
+            segment_ids=ids,
+            kv_segment_ids=kv_ids,
+            soft_cap=self.soft_cap,
+            dropout=dropout,
+            rng=info.rng if dropout else None,
+            implementation=self.implementation,
+        )
 
     def _first_state(self, k: jax.Array, v: jax.Array, info: SeqInfo) -> State:
         state = self.init_state(k.shape[0], self.max_len, k.dtype)

@@ -34,6 +34,8 @@ class ShapedAttention(Attention):
       ConfigError: heads that do not divide the width.
     """
 
+    supports = frozenset({'packing', 'stepping', 'bidirectional'})
+
     def __init__(
         self,
         ctx: Context,

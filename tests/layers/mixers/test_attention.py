@@ -11,7 +11,7 @@ from flax import nnx
 from effjax.core.axes import metadata
 from effjax.core.context import Context
 from effjax.core.errors import ConfigError
-from effjax.core.info import SeqInfo
+from effjax.core.info import SeqInfo, Source
 from effjax.core.policy import Policy
 from effjax.core.trees import nbytes
 from effjax.costs import walk
@@ -179,3 +179,52 @@ def test_shared_keys_and_values_change_no_other_initial_value():
     for name in ('query', 'out'):
         a, b = (getattr(mixer, name).kernel[...] for mixer in (full, grouped))
         np.testing.assert_array_equal(a, b)
+
+
+def across(mixer, x, source, ids=None, kv_ids=None):
+    """Cross-attention in numpy, float64: a matrix for each row and head."""
+    p = jax.tree.map(
+        lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(mixer, nnx.Param))
+    )
+    x, source = np.asarray(x, np.float64), np.asarray(source, np.float64)
+    q = np.einsum('btd,dhk->bthk', x, p['query']['kernel'])
+    k, v = (np.einsum('bsd,dhk->bshk', source, p[name]['kernel']) for name in ('key', 'value'))
+    k, v = (np.repeat(a, q.shape[2] // k.shape[2], axis=2) for a in (k, v))
+    scores = np.einsum('bthk,bshk->bhts', q, k) / q.shape[-1] ** 0.5
+    if ids is not None:
+        same = (ids[:, :, None] == kv_ids[:, None, :]) & (ids != 0)[:, :, None]
+        scores = np.where(same[:, None], scores, -1e30)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    o = np.einsum('bhts,bshk->bthk', weights, v)
+    return np.einsum('bthk,hkd->btd', o, p['out']['kernel'])
+
+
+def test_attends_to_a_context():
+    """In any order, whatever the positions; documents read their own part, and padding nothing."""
+    mixer = make(heads=4, kv_heads=2)
+    x, info = inputs()
+    length = x.shape[1]
+    source = jax.random.normal(jax.random.key(9), (2, 6, x.shape[2]))
+    y = mixer(x, info=info, context=source)[0]
+    np.testing.assert_allclose(y, across(mixer, x, source), atol=2e-6)
+
+    ids = np.array([[1] * 4 + [2] * (length - 4), [1] * (length - 2) + [0] * 2], np.int32)
+    kv_ids = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 2, 2]], np.int32)
+    packed = SeqInfo(info.positions, jnp.asarray(ids))
+    expected = across(mixer, x, source, ids, kv_ids)
+    order = np.array([4, 0, 5, 2, 1, 3])
+    for at in (np.arange(6), order):
+        context = Source(source[:, at], jnp.asarray(kv_ids[:, at]))
+        y, state, _ = mixer(x, info=packed, context=context)
+        assert state is None
+        np.testing.assert_allclose(np.where(ids[..., None], y, 0), np.where(
+            ids[..., None], expected, 0), atol=2e-6)  # fmt: skip
+        # A context with padding for rows of one document.
+        y = mixer(x, info=info, context=context)[0]
+        whole = across(mixer, x, source, np.ones_like(ids), (kv_ids != 0).astype(int))
+        np.testing.assert_allclose(y, whole, atol=2e-6)
+    slope = jax.grad(lambda s: mixer(x, info=packed, context=Source(s, kv_ids))[0].sum())(source)
+    assert not np.any(slope[0, 5]) and not np.any(slope[1, 4:]) and np.all(np.isfinite(slope))
+    with pytest.raises(ValueError, match='a context keeps no decoding state'):
+        mixer(x, info=info, context=source, return_state=True)

@@ -1,0 +1,236 @@
+"""Masks said in words: who may attend to whom, as a dense mask and as blocks of keys to gather.
+
+One `MaskSpec` gives both. `allowed` is a formula on places in order, for numpy and jax arrays
+alike; `plan` lists, for each block of queries, the blocks of keys that hold an allowed pair,
+without looking at all pairs. Places count from the document's beginning.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+SMALLEST, LARGEST = 16, 128  # tokens of a block that `plan` makes, where the mask names none
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSpec:
+    """A mask said in words, which kernels can use to skip work.
+
+    Query i and key j may attend where j is near to i, or one of them is global, or j is in one of
+    i's random blocks; and, with `causal`, j <= i. Near is what `window`, `segment` and `stride`
+    all allow; without any of them, and without globals and random blocks, it is everything.
+
+    Attributes:
+      causal: query i sees keys j <= i.
+      window: |i - j| < window; with `block`, the same for the numbers of their blocks.
+      block: tokens of a block, for `window` and `random`.
+      segment: i and j lie in one segment of so many tokens.
+      stride: i - j is a multiple of it.
+      global_tokens: so many first tokens see all and are seen by all (Longformer).
+      last_tokens: so many last tokens too; not with `causal`.
+      random: blocks that each block of queries sees beside the near ones, drawn by a hash of
+        `seed` (BigBird); with `causal`, of those before.
+      seed: of the random blocks.
+      table: the random blocks themselves, a tuple for each block of queries, for sequences
+        without documents; `random` is then their largest number.
+    """
+
+    causal: bool = True
+    window: int | None = None
+    block: int | None = None
+    segment: int | None = None
+    stride: int | None = None
+    global_tokens: int = 0
+    last_tokens: int = 0
+    random: int = 0
+    seed: int = 0
+    table: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self):
+        for name in ('window', 'block', 'segment', 'stride'):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f'attention: {name} of a mask is at least 1, not {size}.')
+        if min(self.global_tokens, self.last_tokens, self.random) < 0:
+            raise ValueError(
+                'attention: a mask has no fewer than 0 global tokens or random blocks.'
+            )
+        if self.random and self.block is None:
+            raise ValueError('attention: random blocks need block, the number of their tokens.')
+        if self.causal and self.last_tokens:
+            raise ValueError(
+                'attention: last tokens are seen by all, which causal forbids; use global_tokens.'
+            )
+        if self.stride is not None and self.block is not None:
+            raise ValueError('attention: a mask has either block or stride, not both.')
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is causal, a causal window, or full: what needs no plan."""
+        plain = MaskSpec(self.causal, self.window if self.causal else None)
+        return self == plain
+
+    @property
+    def absolute(self) -> bool:
+        """Whether places matter, not only their differences."""
+        counted = self.block or self.segment or self.global_tokens or self.last_tokens
+        return bool(counted)
+
+    def allowed(self, i: Any, j: Any, length: Any = None) -> Any:
+        """Returns which pairs may attend, bool, of places that broadcast against each other.
+
+        Args:
+          i: places of queries, numpy or jax.
+          j: places of keys.
+          length: tokens of their document, for last tokens and for random blocks that may lie
+            ahead.
+        """
+        out = self._near(i, j)
+        if self.global_tokens:
+            out = out | (j < self.global_tokens) | (i < self.global_tokens)
+        if self.last_tokens:
+            out = out | (j >= length - self.last_tokens) | (i >= length - self.last_tokens)
+        if self.random:
+            assert self.block is not None
+            rows, columns = i // self.block, j // self.block
+            for k in range(self.random):
+                out = out | (columns == self.drawn(rows, k, length))
+        return out & (j <= i) if self.causal else out
+
+    def _near(self, i: Any, j: Any) -> Any:
+        limited = self.window or self.segment or self.stride
+        out = (i == i) & (j == j) if limited or not (self.global_tokens or self.random) else i != i
+        out = out & (j == j)
+        if self.window is not None:
+            a, b = (i, j) if self.block is None else (i // self.block, j // self.block)
+            out = out & (a - b < self.window) & (b - a < self.window)
+        if self.segment is not None:
+            out = out & (i // self.segment == j // self.segment)
+        if self.stride is not None:
+            out = out & ((i - j) % self.stride == 0)
+        return out
+
+    def drawn(self, row: Any, k: int, length: Any) -> Any:
+        """Returns the k-th random block of blocks of queries, for documents of a length."""
+        if self.table is not None:
+            widest = [(r + (-1,) * self.random)[k] for r in self.table]
+            # Counted out instead of looked up, so that it serves numpy and jax arrays alike.
+            return sum((row == n) * (block + 1) for n, block in enumerate(widest)) - 1
+        assert self.block is not None
+        x = row.astype('uint32') * np.uint32(2654435761) + np.uint32((self.seed * 97 + k) % 2**32)
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+        x = x ^ (x >> np.uint32(16))
+        if self.causal:
+            before = row - (self.window or 1) + 1  # blocks that lie behind the near ones
+            count = before * (before > 0) + (before <= 0)
+        else:
+            count = -(-length // self.block) + 0 * row
+        return (x % count.astype('uint32')).astype('int32')
+
+    def dense(self, length: int) -> np.ndarray:
+        """Returns the mask of one document, bool [T, T]: the truth that plans are held to."""
+        place = np.arange(length)
+        return self.allowed(place[:, None], place[None, :], length)
+
+    def size(self, length: int) -> int:
+        """Returns the tokens of a block of a plan."""
+        wanted = self.block or self.window or self.segment or LARGEST
+        if self.stride is not None:
+            wanted = -(-wanted // self.stride)
+        wanted = wanted if self.block else max(SMALLEST, min(LARGEST, wanted))
+        return min(wanted, length)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """What to gather for the queries of one mask over T tokens.
+
+    Attributes:
+      order: int [N C], the tokens in the order in which they are cut into blocks of C; -1 beyond.
+      table: int [N, M], the blocks of keys that each block of queries sees; -1 for none.
+      shared: int [G], tokens seen by all, which are gathered apart and read only there.
+      rows: int [R], tokens that see all, computed apart.
+    """
+
+    order: np.ndarray
+    table: np.ndarray
+    shared: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def scored(self) -> int:
+        """Pairs whose scores are computed."""
+        size = len(self.order) // len(self.table)
+        each = self.table.shape[1] * size + len(self.shared)
+        return len(self.order) * each + len(self.rows) * int((self.order >= 0).sum())
+
+
+@functools.lru_cache(maxsize=64)
+def plan(spec: MaskSpec, length: int) -> Plan:
+    """Returns the plan of a mask over a document of `length` tokens."""
+    size, step = spec.size(length), spec.stride or 1
+    order = np.concatenate([np.arange(r, length, step) for r in range(min(step, length))])
+    blocks = -(-length // size)
+    where = np.empty(length, int)
+    where[order] = np.arange(length)
+    first, last = _near_range(spec, order, length)
+    first, last = where[first] // size, where[last] // size
+    limited = spec.window or spec.segment or spec.stride
+    nothing_near = not limited and (spec.global_tokens or spec.last_tokens or spec.random)
+    seen: list[set[int]] = []
+    for n in range(blocks):
+        mine = slice(n * size, min((n + 1) * size, length))
+        pairs = set() if nothing_near else set(zip(first[mine], last[mine], strict=True))
+        seen.append({j for a, b in pairs for j in range(a, b + 1)})
+        if spec.random:
+            row = np.array([order[n * size] // size])
+            drawn = {int(spec.drawn(row, k, np.array([length]))[0]) for k in range(spec.random)}
+            seen[n] |= {j for j in drawn if 0 <= j < blocks and not (spec.causal and j > n)}
+    most = max([1, *map(len, seen)])
+    table = np.full((blocks, most), -1)
+    for n, s in enumerate(seen):
+        table[n, : len(s)] = sorted(s)
+    padded = np.full(blocks * size, -1)
+    padded[:length] = order
+    ends = np.arange(max(0, length - spec.last_tokens), length)
+    shared = np.union1d(np.arange(min(spec.global_tokens, length)), ends).astype(int)
+    return Plan(padded, table, shared, shared[:0] if spec.causal else shared)
+
+
+def _near_range(spec: MaskSpec, i: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last token that is near to each token of i and differs by strides of it."""
+    low, high = np.zeros_like(i), np.full_like(i, length - 1)
+    if spec.window is not None and spec.block is None:
+        low, high = i - spec.window + 1, i + spec.window - 1
+    elif spec.window is not None:
+        block = i // spec.block
+        low = (block - spec.window + 1) * spec.block
+        high = (block + spec.window) * spec.block - 1
+    if spec.segment is not None:
+        begin = i // spec.segment * spec.segment
+        low, high = np.maximum(low, begin), np.minimum(high, begin + spec.segment - 1)
+    low = np.maximum(low, 0)
+    high = np.minimum(high, i if spec.causal else length - 1)
+    step = spec.stride or 1
+    return i - (i - low) // step * step, i + (high - i) // step * step
+
+
+@functools.lru_cache(maxsize=64)
+def pairs(spec: MaskSpec, length: int) -> int:
+    """Returns how many pairs a mask allows over a document of `length` tokens."""
+    made, total = plan(spec, length), 0
+    size, blocks = len(made.order) // len(made.table), len(made.table)
+    apart = np.zeros(length + 1, bool)
+    apart[made.rows] = True
+    seen_apart = np.zeros(length + 1, bool)
+    seen_apart[made.shared] = True
+    by_block = made.order.reshape(blocks, size)
+    for n in range(blocks):
+        i = by_block[n][(by_block[n] >= 0) & ~apart[by_block[n]]]
+        j = by_block[made.table[n][made.table[n] >= 0]].ravel()
+        j = np.concatenate([j[(j >= 0) & ~seen_apart[j]], made.shared])
+        total += int(spec.allowed(i[:, None], j[None, :], length).sum())
+    return total + len(made.rows) * length

@@ -1,0 +1,127 @@
+"""What softmax attention over sparse masks shares: one mask for rows, documents and decoding."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effjax.core.context import Context
+from effjax.core.errors import ConfigError
+from effjax.core.info import SeqInfo
+from effjax.kernels import MaskSpec, attention
+from effjax.kernels.attention.mask import pairs
+from effjax.layers.mixers import cache as kv
+from effjax.layers.mixers.attention import Attention, State
+
+
+class SparseAttention(Attention):
+    """Attention whose mask is a `MaskSpec` a head, in places of a document.
+
+    A subclass gives its `name`, sets what its masks need, and defines `mask`. Rows of one document
+    gather blocks of keys, so that T x T is never formed; rows of several are exact too, but over
+    1024 tokens their pairs of blocks are gone through one after another, at full attention's
+    compute. Decoding keeps the whole cache, and reads of it what the mask allows.
+    """
+
+    supports = frozenset({'packing', 'stepping', 'bidirectional'})
+    name: str
+
+    def __init__(
+        self,
+        ctx: Context,
+        *,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        bias: bool | None = None,
+        attention_dropout: float = 0.0,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            ctx, heads=heads, kv_heads=kv_heads, head_dim=head_dim, qk_norm=qk_norm, bias=bias,
+            attention_dropout=attention_dropout, implementation=implementation, rngs=rngs,
+        )  # fmt: skip
+
+    def mask(self) -> tuple[MaskSpec, ...]:
+        """Returns the mask of each head."""
+        raise NotImplementedError
+
+    def _needs(self, least: int, **sizes: int) -> None:
+        for what, size in sizes.items():
+            if size < least:
+                raise ConfigError(f'{self.name}: {what} must be at least {least}, got {size}.')
+
+    def _scored(self, seq_len: int) -> float:
+        return sum(pairs(mask, seq_len) for mask in self.mask()) / self.heads
+
+    def _parallel(self, q: jax.Array, k: jax.Array, v: jax.Array, info: SeqInfo) -> jax.Array:
+        dropout = self.attention_dropout if info.train else 0.0
+        places = None if info.segment_ids is None else info.positions
+        return attention(
+            q,
+            k,
+            v,
+            mask=_one(self.mask()),
+            segment_ids=info.segment_ids,
+            q_positions=places,
+            kv_positions=places,
+            dropout=dropout,
+            rng=info.rng if dropout else None,
+            implementation=self.implementation,
+        )
+
+    def _continue(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, info: SeqInfo, state: State
+    ) -> tuple[jax.Array, State]:
+        """New tokens attend to the cache and to each other, then enter the cache."""
+        ids = kv.segments(state, info)
+        number, old_ids = kv.slots(state, ring=False)
+        old = (old_ids, number - state['start'][:, None])
+        key, value, kv_ids, place = (
+            jnp.concatenate([a.astype(b.dtype), b], axis=1)
+            for a, b in zip(
+                (state['key'], state['value'], *old), (k, v, ids, info.positions), strict=True
+            )
+        )
+        o = self._placed(q, key, value, (ids, info.positions), (kv_ids, place))
+        return o, kv.extend(state, k, v, info, ring=False)
+
+    def _advance(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, info: SeqInfo, state: State
+    ) -> tuple[jax.Array, State]:
+        """One token enters the cache, then attends to it."""
+        state = kv.extend(state, k, v, info, ring=False)
+        key, value = (state[name].astype(q.dtype) for name in ('key', 'value'))
+        number, ids = kv.slots(state, ring=False)
+        start = state['start'][:, None]
+        now = (state['segment'][:, None], state['count'][:, None] - 1 - start)
+        return self._placed(q, key, value, now, (ids, number - start)), state
+
+    def _placed(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        q_place: tuple[jax.Array, jax.Array],
+        kv_place: tuple[jax.Array, jax.Array],
+    ) -> jax.Array:
+        """Attention between (documents, places in them)."""
+        return attention(
+            q,
+            k,
+            v,
+            mask=_one(self.mask()),
+            segment_ids=q_place[0],
+            kv_segment_ids=kv_place[0],
+            q_positions=q_place[1],
+            kv_positions=kv_place[1],
+            implementation=self.implementation,
+        )
+
+
+def _one(masks: tuple[MaskSpec, ...]) -> Any:
+    """One mask where all heads have the same, so that they run together."""
+    return masks[0] if len(set(masks)) == 1 else masks

@@ -1,0 +1,108 @@
+"""Longformer, BigBird and MATE: against transformers, and what the mixers add to their masks."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from effjax.core.context import Context
+from effjax.core.errors import ConfigError
+from effjax.core.info import SeqInfo
+from effjax.core.policy import Policy
+from effjax.kernels import MaskSpec, attention, last_choice
+from effjax.layers.mixers.bigbird import BigBird
+from effjax.layers.mixers.longformer import Longformer
+from effjax.layers.mixers.mate import Mate
+
+GOLDEN = pathlib.Path(__file__).parents[2] / 'golden' / 'sparse_attention.npz'
+
+
+def make(kind, causal=False, **kw):
+    ctx = Context(width=12, policy=Policy(), causal=causal, max_len=64, init='lecun')
+    return kind(ctx, **{'heads': 2, **kw}, rngs=nnx.Rngs(0))
+
+
+def golden(name):
+    with np.load(GOLDEN) as file:
+        return {k.removeprefix(name + '/'): v for k, v in file.items() if k.startswith(name)}
+
+
+def test_longformer_against_transformers():
+    """Two global tokens with projections of their own, half a window of 4 on either side."""
+    arrays = golden('longformer')
+    mixer = make(Longformer, reach=5, global_tokens=2, bias=True)
+    for path, leaf in nnx.to_flat_state(nnx.state(mixer, nnx.Param)):
+        name = 'params/' + '/'.join(map(str, path))
+        if path[0] != 'out':
+            assert leaf[...].shape == arrays[name].shape, name
+            leaf[...] = jnp.asarray(arrays[name])
+    nnx.update(mixer, nnx.state(mixer, nnx.Param))
+    mixer.out.kernel[...] = jnp.eye(12).reshape(2, 6, 12)
+    state = nnx.to_flat_state(nnx.state(mixer, nnx.Param))
+    assert {'params/' + '/'.join(map(str, p)) for p, _ in state if p[0] != 'out'} == {
+        name for name in arrays if name.startswith('params')
+    }
+    x = jnp.asarray(arrays['x'])
+    np.testing.assert_allclose(mixer(x, info=SeqInfo.of(2, 40))[0], arrays['y'], atol=2e-6)
+
+
+def test_bigbird_against_transformers():
+    """Its random blocks are put into the mask; near and global blocks follow from ours."""
+    arrays = golden('bigbird')
+    q, k, v = (jnp.asarray(arrays[name]) for name in 'qkv')
+    masks = [
+        MaskSpec(
+            False, 2, block=4, global_tokens=4, last_tokens=4, random=2,
+            table=((), *(tuple(map(int, row)) for row in blocks), ()),
+        )
+        for blocks in arrays['blocks']
+    ]  # fmt: skip
+    got = attention(q, k, v, mask=masks, implementation='xla')
+    assert len(set(masks)) == 2
+    # float32; transformers adds -10000 where nothing may be seen
+    np.testing.assert_allclose(got, arrays['y'], atol=2e-6)
+
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_long_rows_are_gathered(causal):
+    ctx = Context(width=12, policy=Policy(), causal=causal, max_len=512)
+    x = jax.ShapeDtypeStruct((1, 512, 12), jnp.float32)
+    for kind, sizes in (
+        (Longformer, {'reach': 32}),
+        (BigBird, {'block': 16, 'random': 1}),
+        (Mate, {'columns': 16}),
+    ):
+        mixer = kind(ctx, heads=2, **sizes, rngs=nnx.Rngs(0))
+        jax.eval_shape(lambda x: mixer(x, info=SeqInfo.of(1, 512))[0], x)  # noqa: B023
+        seen = last_choice('attention')
+        assert seen['mask'] == ('full' if kind is Longformer and not causal else 'sparse')
+        # A pair of tokens that may not attend costs nothing.
+        assert mixer._scored(512) < 512 * 513 / (2 if causal else 1) / 2
+
+
+def test_random_blocks_differ_by_head_and_seed():
+    first, second = make(BigBird, block=4).mask()
+    assert first != second
+    same, again = make(BigBird, block=4, kv_heads=1).mask()
+    assert same == again
+    assert make(BigBird, block=4, seed=1).mask()[0] != first
+
+
+def test_causal_longformer_has_no_projections_of_its_own():
+    assert not hasattr(make(Longformer, causal=True), 'global_query')
+    assert hasattr(make(Longformer), 'global_query')
+    assert not hasattr(make(Longformer, global_projections=False), 'global_query')
+
+
+def test_what_they_refuse():
+    with pytest.raises(ConfigError, match='longformer: reach must be at least 1, got 0'):
+        make(Longformer, reach=0)
+    with pytest.raises(ConfigError, match='bigbird: random must be at least 0, got -1'):
+        make(BigBird, random=-1)
+    with pytest.raises(ConfigError, match='mate: heads must be even'):
+        make(Mate, heads=3, columns=4)
+    with pytest.raises(ConfigError, match='has no decoding state'):
+        make(Longformer)(jnp.zeros((1, 4, 12)), info=SeqInfo.of(1, 4), return_state=True)
