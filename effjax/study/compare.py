@@ -1,5 +1,6 @@
 """`compare(study, folder)`: everything from a study's data to its findings. Reads top to bottom."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -133,6 +134,8 @@ def report(study: Study, out: str | pathlib.Path, commands: Sequence[str] = ()) 
         notes.append(
             f'The runs were made by {len(codes)} versions of the code ({", ".join(codes)}).'
         )
+    remarks = collections.Counter(store.note(job, folder).get('remark') for job in jobs)
+    notes += [f'{count} runs: {text}.' for text, count in remarks.items() if text]
     found = analyses.analyse(
         study,
         cells,

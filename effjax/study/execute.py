@@ -6,6 +6,8 @@ what the run's own checkpoints do not hold, and the same command goes on.
 
 import concurrent.futures
 import contextlib
+import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -152,7 +154,9 @@ class Runner:
 
     def _report(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            note = json.loads((self.out / job.folder / store.FILE).read_text())
+            note = store.note(job, self.out)
+            if note['remark']:
+                self.say(f'    seed {job.seed}: {note["remark"]}')
             if note['status'] != 'done':
                 self.say(f'    seed {job.seed} {note["status"]}: {note["error"]}')
 
@@ -223,20 +227,37 @@ def _run_one(job: Job, out: pathlib.Path, code: str) -> None:
 def _run_batched(jobs: Sequence[Job], out: pathlib.Path, code: str) -> None:
     from effjax.training.batched import run_batched
 
+    jobs = [dataclasses.replace(job, config=_on_one_device(job.config)) for job in jobs]
     try:
-        summaries = run_batched(
-            [_on_one_device(j.config) for j in jobs], [out / j.folder for j in jobs]
-        )
+        summaries = run_batched([j.config for j in jobs], [out / j.folder for j in jobs])
     except Exception as error:
         stopping.check()
-        for job in jobs:
-            store.end(job, out, code, _kind(error), _message(error))
+        if _out_of_memory(error):
+            summaries = []
+        else:
+            for job in jobs:
+                store.end(job, out, code, _kind(error), _message(error))
+            return
+    if not summaries:  # outside of `except`: the error's frames hold the group's arrays
+        _run_apart(jobs, out, code)
         return
     for job, summary in zip(jobs, summaries, strict=True):
         if not summary.get('stopped_by'):
             state = 'done' if summary['complete'] else 'diverged'
             store.end(job, out, code, state, summary.get('error', ''))
     stopping.check(next((s['stopped_by'] for s in summaries if s.get('stopped_by')), None))
+
+
+def _run_apart(jobs: Sequence[Job], out: pathlib.Path, code: str) -> None:
+    """Runs one by one, on their one device, jobs whose group did not fit into its memory."""
+    gc.collect()
+    for job in jobs:
+        store.remark(job, out, f'a group of {len(jobs)} did not fit into memory: run by itself')
+        _run_one(job, out, code)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)
 
 
 def _on_one_device(config: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from effjax.study.records import Cell
 from effjax.training.files import write_json_atomic
 
 FILE = 'cell.json'
+# How a run is made, beside config and code; older notes lack it.
+_MADE: dict[str, Any] = {'inputs': {}, 'workers': 1, 'remark': ''}
 
 
 def begin(
@@ -42,19 +44,20 @@ def begin(
     goes_on = any((folder / 'checkpoints').glob('*'))
     before = codes_of(job, out) if goes_on else []
     codes = [*(c for c in before if c != code), code]
-    made = {'codes': codes, 'inputs': dict(inputs or {}), 'workers': workers}
+    made = {**_MADE, 'codes': codes, 'inputs': dict(inputs or {}), 'workers': workers}
     _write(job, folder, made, 'running', '')
 
 
 def end(job: Job, out: pathlib.Path, code: str, status: str, error: str = '') -> None:
     """Notes how a run ended: 'done', 'diverged' or 'failed'."""
     began = note(job, out)
-    made = {
-        'codes': began.get('codes') or [code],
-        'inputs': began.get('inputs', {}),
-        'workers': began.get('workers', 1),
-    }
+    made = {'codes': began.get('codes') or [code], **{k: began.get(k, v) for k, v in _MADE.items()}}
     _write(job, out / job.folder, made, status, ' '.join(error.split()))
+
+
+def remark(job: Job, out: pathlib.Path, text: str) -> None:
+    """Notes how a run that has begun is made otherwise than was asked; the report will say it."""
+    write_json_atomic(out / job.folder / FILE, {**note(job, out), 'remark': text})
 
 
 def status(

@@ -236,6 +236,31 @@ def test_failures_are_noted_and_the_rest_goes_on(study, trained, tmp_path, monke
     assert run(study, tmp_path, retry_failed=True)[0].comparisons[0].verdict == 'win'
 
 
+@pytest.mark.parametrize('what', ['RESOURCE_EXHAUSTED: Out of memory allocating', 'bug'])
+def test_a_group_too_large_for_memory_is_run_one_by_one(
+    study, trained, tmp_path, monkeypatch, what
+):
+    asked = []
+
+    def run_batched(configs, folders):
+        asked.append(len(configs))
+        raise RuntimeError(what)
+
+    monkeypatch.setattr('effjax.training.batched.run_batched', run_batched)
+    lines: list[str] = []
+    study = dataclasses.replace(study, batched=True, tune_key='', fractions=(1.0,))
+    found = studies.compare(study, tmp_path, studies.Options(probe=False), say=lines.append)
+    assert asked == [3, 3]
+    remark = 'a group of 3 did not fit into memory: run by itself'
+    if what == 'bug':
+        assert trained == [] and found.comparisons[0].verdict == 'failed'
+        assert {c.error for c in found.cells} == {'RuntimeError: bug'}
+        return
+    assert len(trained) == 6 and found.comparisons[0].verdict == 'win'
+    assert f'    seed 2: {remark}' in lines
+    assert f'6 runs: {remark}.' in found.notes
+
+
 def test_an_arm_whose_tuning_fails_is_shown(study, trained, tmp_path, monkeypatch):
     import effjax.training.session as session
 
