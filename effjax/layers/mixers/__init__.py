@@ -12,7 +12,8 @@ Contract: `Mixer(ctx, *, <config arguments>, rngs)`, and
     only, since parameters may be stacked over layers;
   `causal` (bool), and `supports`, a frozenset of 'packing' (several documents a row), 'stepping'
     (states and steps), 'bidirectional' (a context with causal=False), 'context' (attending to
-    another sequence).
+    another sequence). `directed` (optional) is True where a mixer over both directions tells them
+    apart by itself, so that a document turned round does not give its result turned round.
 A state holds each row's last document and position, so that a cut on a document's boundary is
 exact; at a row's end it belongs to the last document, padding after it or not. A mixer that
 cannot do a thing raises a `ValueError` naming itself, the thing, and what to use instead.
