@@ -12,16 +12,18 @@ import json
 import os
 import pathlib
 import queue
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from effjax.core.errors import EffjaxError, TrainingError
+from effjax.core.errors import EffjaxError, StudyError, TrainingError
 from effjax.study import stopping, store
 from effjax.study.plan import Group, Job
 from effjax.study.stopping import Stopped
@@ -29,6 +31,7 @@ from effjax.study.stopping import Stopped
 PREALLOCATE = 'XLA_PYTHON_CLIENT_PREALLOCATE'
 WORKER = ('-m', 'effjax.study.worker')
 STOP_SECONDS = 300.0  # that a run may take to save; its last checkpoint is what then remains
+FAILURES = 3  # runs (groups, where runs share a step) that fail alike in a row, and no more
 CLOSE_SECONDS = 60.0  # that an idle process may take to end
 
 
@@ -65,6 +68,8 @@ class Runner:
         self._any_code, self._retry = any_code, retry_failed
         self.inputs = {arm: dict(found) for arm, found in (inputs or {}).items()}
         self._stopping = threading.Event()
+        self._alike: tuple[str, ...] = ()  # the error of the last runs, as often as it came
+        self._counting = threading.Lock()
 
     def missing(self, group: Group) -> list[Job]:
         """Returns the jobs of a group that still have to run.
@@ -83,7 +88,8 @@ class Runner:
         """Runs all that is missing of some groups, one after another or side by side.
 
         Raises:
-          StudyError: a stored result of another config, other data or another code version.
+          StudyError: a stored result of another config, other data or another code version, or
+            runs that all fail alike.
           Stopped: a signal came.
         """
         todo = [(group.name, jobs) for group in groups if (jobs := self.missing(group))]
@@ -147,9 +153,10 @@ class Runner:
         if answer == 'stopped' or self._stopping.is_set():
             raise Stopped('stopped by a signal; the same command goes on.')
         if answer != 'done':
+            said = process.said()
             for job in jobs:
                 if store.status(job, self.out, self.code, any_code=True) in ('running', 'missing'):
-                    store.end(job, self.out, self.code, 'failed', answer)
+                    store.fail(job, self.out, self.code, answer, said)
         self._report(jobs)
 
     def _report(self, jobs: Sequence[Job]) -> None:
@@ -159,6 +166,21 @@ class Runner:
                 self.say(f'    seed {job.seed}: {note["remark"]}')
             if note['status'] != 'done':
                 self.say(f'    seed {job.seed} {note["status"]}: {note["error"]}')
+        self._count(store.note(jobs[-1], self.out))
+
+    def _count(self, note: Mapping[str, Any]) -> None:
+        """Stops a study whose runs fail alike, one after another: the next ones would too."""
+        # Numbers (steps, bytes, addresses) and folders may differ.
+        error = re.sub(r'\d+|\(traceback in .*', '', note['error'])
+        failed = note['status'] == 'failed'
+        with self._counting:
+            self._alike = (*(self._alike if error in self._alike else ()), error) if failed else ()
+            if len(self._alike) < FAILURES:
+                return
+        raise StudyError(
+            f'{FAILURES} times in a row runs failed alike: {note["error"].rstrip(".")}; mend that '
+            'and give the same command with --retry_failed, or as it is to go on without them.'
+        )
 
 
 def run_jobs(
@@ -217,7 +239,7 @@ def _run_one(job: Job, out: pathlib.Path, code: str) -> None:
         summary, stopped_by = train(job.config, out / job.folder)
     except Exception as error:
         stopping.check()  # what a signal broke is no failure
-        store.end(job, out, code, _kind(error), _message(error))
+        _failed(job, out, code, error)
         return
     if not stopped_by or summary.get('complete'):
         store.end(job, out, code, 'done')
@@ -236,7 +258,7 @@ def _run_batched(jobs: Sequence[Job], out: pathlib.Path, code: str) -> None:
             summaries = []
         else:
             for job in jobs:
-                store.end(job, out, code, _kind(error), _message(error))
+                _failed(job, out, code, error)
             return
     if not summaries:  # outside of `except`: the error's frames hold the group's arrays
         _run_apart(jobs, out, code)
@@ -265,13 +287,14 @@ def _on_one_device(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, 'mesh': {axis: max(size, 1) for axis, size in config['mesh'].items()}}
 
 
-def _kind(error: Exception) -> str:
-    return 'diverged' if isinstance(error, TrainingError) else 'failed'
-
-
-def _message(error: Exception) -> str:
+def _failed(job: Job, out: pathlib.Path, code: str, error: Exception) -> None:
+    """Notes the error that ended a run; where it is no divergence, keeps its traceback too."""
     text = ' '.join(str(error).split())
-    return text if isinstance(error, EffjaxError) else f'{type(error).__name__}: {text[:300]}'
+    if isinstance(error, TrainingError):
+        store.end(job, out, code, 'diverged', text)
+        return
+    told = text if isinstance(error, EffjaxError) else f'{type(error).__name__}: {text[:300]}'
+    store.fail(job, out, code, told, ''.join(traceback.format_exception(error)))
 
 
 def _describe(name: str, jobs: Sequence[Job]) -> str:
@@ -337,9 +360,13 @@ class _Process:
         code = process.wait()
         if code in (-signal.SIGTERM, -signal.SIGINT):
             return 'stopped'  # before or after a run, which would have saved
-        self._errors.seek(0)
-        last = (self._errors.read().strip().splitlines() or ['it said nothing'])[-1]
+        last = (self.said().strip().splitlines() or ['it said nothing'])[-1]
         return f'its process ended with exit code {code}: {last}'
+
+    def said(self) -> str:
+        """Returns what the processes on this device have written to standard error."""
+        self._errors.seek(0)
+        return self._errors.read()
 
     def stop(self) -> None:
         """Asks a running order to save and leave; ends it if it does not."""

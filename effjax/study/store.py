@@ -17,9 +17,10 @@ from typing import Any
 from effjax.core.errors import StudyError
 from effjax.study.plan import Job
 from effjax.study.records import Cell
-from effjax.training.files import write_json_atomic
+from effjax.training.files import write_json_atomic, write_text_atomic
 
 FILE = 'cell.json'
+TRACE = 'error.txt'
 # How a run is made, beside config and code; older notes lack it.
 _MADE: dict[str, Any] = {'inputs': {}, 'workers': 1, 'remark': ''}
 
@@ -41,6 +42,7 @@ def begin(
       workers: runs that go on side by side, each in a process of its own.
     """
     folder = out / job.folder
+    (folder / TRACE).unlink(missing_ok=True)
     goes_on = any((folder / 'checkpoints').glob('*'))
     before = codes_of(job, out) if goes_on else []
     codes = [*(c for c in before if c != code), code]
@@ -53,6 +55,15 @@ def end(job: Job, out: pathlib.Path, code: str, status: str, error: str = '') ->
     began = note(job, out)
     made = {'codes': began.get('codes') or [code], **{k: began.get(k, v) for k, v in _MADE.items()}}
     _write(job, out / job.folder, made, status, ' '.join(error.split()))
+
+
+def fail(job: Job, out: pathlib.Path, code: str, error: str, trace: str) -> None:
+    """Notes that a run failed; keeps in its folder what tells a developer where."""
+    folder = out / job.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / TRACE, trace)
+    named = f'{job.folder}/{TRACE}'
+    end(job, out, code, 'failed', f'{error.rstrip().rstrip(".")} (traceback in {named})')
 
 
 def remark(job: Job, out: pathlib.Path, text: str) -> None:

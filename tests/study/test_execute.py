@@ -221,7 +221,7 @@ def test_failures_are_noted_and_the_rest_goes_on(study, trained, tmp_path, monke
         if config['model']['width'] == 32 and config['seed'] == 1:
             raise TrainingError('the loss is not finite at step 3')
         if config['model']['width'] == 32 and config['seed'] == 2:
-            raise RuntimeError('out of memory\non the device')
+            raise RuntimeError('broken\non the device')
         return train(config, workdir)
 
     monkeypatch.setattr(session, 'train', some_fail)
@@ -229,11 +229,72 @@ def test_failures_are_noted_and_the_rest_goes_on(study, trained, tmp_path, monke
     states = {(c.seed, c.status) for c in found.cells if c.arm == 'new' and c.phase == 'final'}
     assert states == {(0, 'done'), (1, 'diverged'), (2, 'failed')}
     assert found.comparisons[0].verdict == 'failed'
-    assert 'RuntimeError: out of memory on the device' in str([c.error for c in found.cells])
+    assert 'RuntimeError: broken on the device (traceback in' in str([c.error for c in found.cells])
     assert any('diverged: the loss is not finite' in line for line in lines)
     monkeypatch.setattr(session, 'train', train)
     assert run(study, tmp_path)[0].comparisons[0].verdict == 'failed'  # not retried unasked
     assert run(study, tmp_path, retry_failed=True)[0].comparisons[0].verdict == 'win'
+
+
+def test_a_failed_run_keeps_its_traceback(study, trained, tmp_path, monkeypatch):
+    import effjax.training.session as session
+
+    train = session.train
+
+    def fail(config, workdir):
+        if config['model']['width'] == 32 and config['seed'] == 1 and config['steps'] == 200:
+            raise KeyError('nowhere')
+        return train(config, workdir)
+
+    monkeypatch.setattr(session, 'train', fail)
+    found, lines = run(study, tmp_path)
+    (cell,) = (c for c in found.cells if c.status == 'failed')
+    assert cell.error == f"KeyError: 'nowhere' (traceback in {cell.workdir}/error.txt)"
+    assert f'    seed 1 failed: {cell.error}' in lines
+    trace = (tmp_path / cell.workdir / 'error.txt').read_text()
+    assert trace.startswith('Traceback') and "raise KeyError('nowhere')" in trace
+    monkeypatch.setattr(session, 'train', train)
+    run(study, tmp_path, retry_failed=True)
+    assert not list(tmp_path.rglob('error.txt'))
+
+
+def test_runs_that_fail_alike_stop_the_study(study, trained, tmp_path, monkeypatch):
+    import effjax.training.session as session
+
+    def fail(config, workdir):
+        tried.append(workdir)
+        raise RuntimeError(f'no such device at 0x{config["seed"]}')
+
+    train, tried = session.train, []
+    monkeypatch.setattr(session, 'train', fail)
+    message = r'^3 times in a row runs failed alike: RuntimeError: no such device.*--retry_failed'
+    with pytest.raises(StudyError, match=message):
+        run(study, tmp_path)
+    assert len(tried) == 3
+    monkeypatch.setattr(session, 'train', train)
+    assert run(study, tmp_path)[0].arms['base']['tuning'] is None  # they stay, unasked
+    assert run(study, tmp_path, retry_failed=True)[0].comparisons[0].verdict == 'win'
+
+
+@pytest.mark.parametrize('kind', ['other', 'between', 'diverged'])
+def test_errors_that_differ_or_runs_between_stop_nothing(
+    study, trained, tmp_path, monkeypatch, kind
+):
+    import effjax.training.session as session
+
+    train, count = session.train, iter(range(100))
+
+    def fail(config, workdir):
+        i = next(count)
+        if kind == 'between' and i % 3 == 2:
+            return train(config, workdir)
+        if kind == 'diverged':
+            raise TrainingError('the loss is not finite')
+        raise RuntimeError(f'error {"ab"[i % 2] if kind == "other" else ""}')
+
+    monkeypatch.setattr(session, 'train', fail)
+    run(study, tmp_path)
+    assert next(count) == 18
 
 
 @pytest.mark.parametrize('what', ['RESOURCE_EXHAUSTED: Out of memory allocating', 'bug'])
@@ -254,7 +315,9 @@ def test_a_group_too_large_for_memory_is_run_one_by_one(
     remark = 'a group of 3 did not fit into memory: run by itself'
     if what == 'bug':
         assert trained == [] and found.comparisons[0].verdict == 'failed'
-        assert {c.error for c in found.cells} == {'RuntimeError: bug'}
+        assert {c.error for c in found.cells} == {
+            f'RuntimeError: bug (traceback in {c.workdir}/error.txt)' for c in found.cells
+        }
         return
     assert len(trained) == 6 and found.comparisons[0].verdict == 'win'
     assert f'    seed 2: {remark}' in lines
