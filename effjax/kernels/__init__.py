@@ -21,6 +21,7 @@ from effjax.kernels.fft_conv import fft_conv
 from effjax.kernels.linear_recurrence import linear_recurrence
 from effjax.kernels.selective_scan import selective_scan
 from effjax.kernels.short_conv import short_conv
+from effjax.kernels.wkv import wkv
 
 __all__ = [
     'MaskSpec',
@@ -37,4 +38,5 @@ __all__ = [
     'selective_scan',
     'short_conv',
     'target',
+    'wkv',
 ]

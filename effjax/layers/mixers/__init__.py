@@ -39,6 +39,7 @@ MIXERS = {
     'nystromformer': 'effjax.layers.mixers.nystromformer:Nystromformer',
     'retnet': 'effjax.layers.mixers.retnet:RetNet',
     'rg_lru': 'effjax.layers.mixers.rg_lru:RGLRU',
+    'rwkv4': 'effjax.layers.mixers.rwkv4:RWKV4',
     'rwkv6': 'effjax.layers.mixers.rwkv6:RWKV6',
     'rwkv7': 'effjax.layers.mixers.rwkv7:RWKV7',
     's4': 'effjax.layers.mixers.s4:S4',
