@@ -20,7 +20,7 @@ from effjax.kernels import diagonal_scan, fft_conv
 from effjax.kernels.documents import last_real
 from effjax.kernels.fft_conv.cost import model_flops
 from effjax.layers.linear import Projection, initializer
-from effjax.layers.mixers.recurrent import Recurrent, State, need_causal, start
+from effjax.layers.mixers.recurrent import Recurrent, State, start
 from effjax.layers.mixers.state_space import by_chunks, power_sums
 from effjax.layers.positions import Rope
 
@@ -36,7 +36,9 @@ class Mega(Recurrent):
     of one product of m, values come from x; u and r gate. `x + u (h - x)` is Mega's own residual
     path: with `block='postnorm'` the two are the same; a pre-norm block hands this mixer its
     normalised input, and x is that. Positions enter as rotations of two learned vectors, whose
-    product depends on the distance of a query and a key and is added to their score.
+    product depends on the distance of a query and a key and is added to their score. In a model
+    that looks both ways, averages from the last token to the first, with rates of their own, come
+    in addition (without the token itself), and a token attends to all of its document or chunk.
 
     Args:
       ctx: the model's context.
@@ -44,16 +46,18 @@ class Mega(Recurrent):
       value_dim: dimensions of values; None means twice the width.
       averages: rates a channel.
       chunk: tokens attend within stretches of this many of their document (Mega-chunk, whose cost
-        is linear); None: to all before them.
+        is linear); None: within all of it.
       weights: 'softmax', or 'laplace': `(1 + erf((s - mu) / (sigma sqrt 2))) / 2` of scores
         divided by the number of keys.
       implementation: of convolution and scan; None picks the best that can run.
 
     Raises:
-      ConfigError: a model that looks in both directions, or sizes and names that cannot be.
+      ConfigError: sizes and names that cannot be.
     """
 
     name = 'mega'
+    supports = frozenset({'packing', 'stepping', 'bidirectional'})
+    directed = True
 
     def __init__(
         self,
@@ -67,7 +71,6 @@ class Mega(Recurrent):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        need_causal(ctx, self.name)
         self.value_dim = 2 * ctx.width if value_dim is None else value_dim
         sizes = {'key_dim': key_dim, 'value_dim': self.value_dim, 'averages': averages}
         for what, size in {**sizes, 'chunk': 1 if chunk is None else chunk}.items():
@@ -81,10 +84,15 @@ class Mega(Recurrent):
             raise ConfigError(f"mega: weights are 'softmax' or 'laplace', not {weights!r}.")
         self.width, self.key_dim, self.averages = ctx.width, key_dim, averages
         self.policy, self.bias, self.max_len = ctx.policy, ctx.bias, ctx.max_len
+        self.causal = ctx.causal
         self.chunk, self.weights, self.implementation = chunk, weights, implementation
         self.rope = Rope(key_dim)
         self._make_projections(ctx, rngs)
-        self._make_averages(ctx, branch(rngs, 'average'))
+        self.average = Averages(ctx, averages, rngs=branch(rngs, 'average'))
+        self.back = None if self.causal else Averages(ctx, averages, rngs=branch(rngs, 'back'))
+        skip = jax.random.normal(branch(rngs, 'skip').params(), (ctx.width,), jnp.float32)
+        skip = skip.astype(ctx.policy.param_dtype)
+        self.skip = param(skip, ('embed',), no_decay=True, keep_fp32=True)
         self.query_scale, self.query_offset, self.query_position = _vectors(
             ctx, key_dim, branch(rngs, 'query')
         )
@@ -107,21 +115,6 @@ class Mega(Recurrent):
         self.inward = make('inward', ('embed', None), width, width)
         self.out = make('out', ('mlp', 'embed'), values, width, True)
 
-    def _make_averages(self, ctx: Context, rngs: nnx.Rngs) -> None:
-        shape, dtype = (ctx.width, self.averages), ctx.policy.param_dtype
-        draw = functools.partial(jax.random.normal, dtype=jnp.float32)
-        signs = jnp.where(jnp.arange(self.averages) % 2, -1.0, 1.0)
-
-        def make(value: jax.Array) -> nnx.Param:
-            axes = ('embed', 'state')[: value.ndim]
-            return param(value.astype(dtype), axes, no_decay=True, keep_fp32=True)
-
-        keys = jax.random.split(rngs.params(), 5)
-        self.strength, self.damping = (make(0.2 * draw(key, shape)) for key in keys[:2])
-        self.enter = make(signs + 0.02 * draw(keys[2], shape))
-        self.leave = make(draw(keys[3], shape))
-        self.skip = make(draw(keys[4], shape[:1]))
-
     # ---- the state: averages, and the keys and values that may still be attended to -------------
 
     def memory(self, batch: int, dtype: Any) -> State:
@@ -130,7 +123,19 @@ class Mega(Recurrent):
 
     def init_state(self, batch: int, max_len: int, dtype: Any) -> State:
         """Returns the empty state with room for `max_len` tokens, or for a chunk."""
+        self._need_causal('decoding state')
         return {**self._memory(batch, max_len, dtype), **start(batch)}
+
+    def state_bytes(self, batch: int, max_len: int, dtype: Any) -> int:
+        """Bytes of the state, none where it looks both ways."""
+        return super().state_bytes(batch, max_len, dtype) if self.causal else 0
+
+    def _need_causal(self, what: str) -> None:
+        if not self.causal:
+            raise ConfigError(
+                f'mega over both directions has no {what}: it needs the whole sequence at once; '
+                'use a causal model to decode.'
+            )
 
     def state_length(self, state: State) -> int:
         """Returns how many tokens a state has room for."""
@@ -152,6 +157,8 @@ class Mega(Recurrent):
         self, x_BTD: jax.Array, info: SeqInfo, memory: State | None, return_memory: bool
     ) -> tuple[jax.Array, State | None]:
         """Averages and attention over a stretch of tokens; see `Recurrent.mix`."""
+        if return_memory:
+            self._need_causal('decoding state')
         if memory is None and return_memory:
             memory = self.memory(x_BTD.shape[0], x_BTD.dtype)
         m, average = self._average(x_BTD, info, memory)
@@ -176,16 +183,11 @@ class Mega(Recurrent):
     ) -> tuple[jax.Array, jax.Array | None]:
         """(m [B, T, D], the averages after), m being silu of the damped averages and the input."""
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        leaves = (self.strength, self.damping, self.enter, self.leave)
-        strength, damping, enter, leave = (leaf[...].astype(wide) for leaf in leaves)
-        strength = jax.nn.sigmoid(strength)
-        # At least e^-16 a token: strength and damping of 1 would forget at once.
-        log_decay = jnp.log1p(-jnp.minimum(strength * jax.nn.sigmoid(damping), 1 - 2.0**-23))
-        read = strength * enter * leave * self.averages**-0.5
-        x, new = x_BTD.astype(wide), None
+        log_decay, read = self.average.discrete(wide)
+        x, ids, new = x_BTD.astype(wide), info.segment_ids, None
+        convolve = functools.partial(fft_conv, implementation=self.implementation)
         if memory is None:
-            taps = power_sums(log_decay, read, x.shape[1])
-            y = fft_conv(x, taps, segment_ids=info.segment_ids, implementation=self.implementation)
+            y = convolve(x, power_sums(log_decay, read, x.shape[1]), segment_ids=ids)
         else:
 
             def one(state, x, ids):
@@ -196,7 +198,12 @@ class Mega(Recurrent):
                 )  # fmt: skip
                 return jnp.sum(a * read, axis=-1), state
 
-            y, new = by_chunks(one, memory['average'], x, info.segment_ids, 64)
+            y, new = by_chunks(one, memory['average'], x, ids, 64)
+        if self.back is not None:
+            taps = power_sums(*self.back.discrete(wide), x.shape[1])
+            taps = jnp.where(jnp.arange(len(taps))[:, None] == 0, 0, taps)  # the token was counted
+            turned = None if ids is None else ids[:, ::-1]
+            y = y + convolve(x[:, ::-1], taps, segment_ids=turned)[:, ::-1]
         m = jax.nn.silu(y + self.skip[...].astype(wide) * x)
         return self.policy.cast(m), new
 
@@ -222,7 +229,7 @@ class Mega(Recurrent):
         if self.chunk is None or length <= self.chunk:
             o = self._every_key(queries, tokens)
         else:
-            o = self._two_chunks(queries, tokens, self.chunk)
+            o = self._near_chunks(queries, tokens, self.chunk)
         if first is not None:
             o = _take(o, jnp.arange(length) - first)
         return o, {} if memory is None else _remember(memory, tokens, ids)
@@ -239,26 +246,35 @@ class Mega(Recurrent):
         )
         return o.reshape(o.shape[0], -1, o.shape[-1])[:, :length]
 
-    def _two_chunks(self, queries: '_Tokens', keys: '_Tokens', chunk: int) -> jax.Array:
-        """Scores of each stretch of `chunk` queries against it and the stretch before."""
+    def _near_chunks(self, queries: '_Tokens', keys: '_Tokens', chunk: int) -> jax.Array:
+        """Scores of each stretch of `chunk` queries against it and its neighbours.
+
+        A chunk of a document begins anywhere in a row, so that it may reach into the stretch
+        before, and where tokens look both ways also into the one behind.
+        """
         length = queries.ids.shape[1]
-        more = chunk - (keys.ids.shape[1] - length)  # exactly one stretch before the first query
-        blocks = keys.pad_front(more).split(chunk)
         count = -(-length // chunk)
-        both = jax.tree.map(
-            lambda x: jnp.concatenate([x[:, :count], x[:, 1 : count + 1]], axis=2), blocks
+        # Exactly one stretch before the first query, and one behind the last if it is read.
+        front = chunk - (keys.ids.shape[1] - length)
+        ways = 2 if self.causal else 3
+        blocks = keys.pad(front, (count + ways - 2) * chunk - length).split(chunk)
+        near = jax.tree.map(
+            lambda x: jnp.concatenate([x[:, i : count + i] for i in range(ways)], axis=2), blocks
         )
-        o = jax.checkpoint(self._scored)(queries.split(chunk), both)
+        o = jax.checkpoint(self._scored)(queries.split(chunk), near)
         return o.reshape(o.shape[0], -1, o.shape[-1])[:, :length]
 
     def _scored(self, queries: '_Tokens', keys: '_Tokens') -> jax.Array:
         """Attention of q [..., Q, K] to keys [..., S, K]; rows that see nothing give 0."""
         wide = jnp.promote_types(queries.key.dtype, jnp.float32)
         far = queries.place[..., :, None] - keys.place[..., None, :]
-        mask = (queries.ids[..., :, None] == keys.ids[..., None, :]) & (far >= 0)
+        mask = queries.ids[..., :, None] == keys.ids[..., None, :]
         mask &= keys.ids[..., None, :] != 0
+        if self.causal:
+            mask &= far >= 0
         if self.chunk is not None:
-            mask &= far <= queries.place[..., :, None] % self.chunk
+            query, key = queries.place // self.chunk, keys.place // self.chunk
+            mask &= query[..., :, None] == key[..., None, :]
         product = functools.partial(jnp.einsum, preferred_element_type=wide)
         scores = product('...qk,...sk->...qs', queries.key, keys.key)
         bias = product(
@@ -281,20 +297,23 @@ class Mega(Recurrent):
     def cost(self, batch: int, seq_len: int) -> Cost:
         """Cost of one forward pass: products, pairs that the mask allows, the averages.
 
-        The averages count as two Fourier transforms a channel; their taps are made once for all
-        rows and do not count.
+        The averages count as two Fourier transforms a channel and direction; their taps are made
+        once for all rows and do not count.
         """
         tokens, width, values = batch * seq_len, self.width, self.value_dim
         chunk = min(self.chunk or seq_len, seq_len)
         whole, rest = divmod(seq_len, chunk)
-        pairs = whole * chunk * (chunk + 1) // 2 + rest * (rest + 1) // 2
+        pairs = whole * chunk * chunk + rest * rest
+        if self.causal:
+            pairs = (pairs + seq_len) // 2
+        ways = 1 if self.causal else 2
         products = width * (3 * values + 2 * width + self.key_dim)
-        params = products + width * (4 * self.averages + 1) + 6 * self.key_dim
+        params = products + width * (4 * ways * self.averages + 1) + 6 * self.key_dim
         params += (2 * values + 3 * width + self.key_dim) * self.bias
         return Cost(
             matmul=matmul_flops(tokens, 1, products)
             + 2.0 * batch * pairs * (2 * self.key_dim + values),
-            fft=model_flops(batch, seq_len, width),
+            fft=ways * model_flops(batch, seq_len, width),
             params=params,
             params_used=params,
             # The input, m, the products before and after their activations, queries, keys, the
@@ -305,6 +324,38 @@ class Mega(Recurrent):
             + 16.0 * tokens * width,
             state_bytes=self.state_bytes(batch, seq_len, self.policy.compute_dtype),
         )
+
+
+class Averages(nnx.Module):
+    """Multi-dimensional damped moving averages of each channel: what they are, not how they run.
+
+    Args:
+      ctx: the model's context.
+      rates: averages n a channel.
+      rngs: streams of the part.
+    """
+
+    def __init__(self, ctx: Context, rates: int, *, rngs: nnx.Rngs):
+        shape, dtype = (ctx.width, rates), ctx.policy.param_dtype
+        signs = jnp.where(jnp.arange(rates) % 2, -1.0, 1.0)
+
+        def make(mean: Any, deviation: float) -> nnx.Param:
+            value = mean + deviation * jax.random.normal(rngs.params(), shape, jnp.float32)
+            axes = ('embed', 'state')
+            return param(value.astype(dtype), axes, no_decay=True, keep_fp32=True)
+
+        self.rates = rates
+        self.strength, self.damping = make(0.0, 0.2), make(0.0, 0.2)
+        self.enter, self.leave = make(signs, 0.02), make(0.0, 1.0)
+
+    def discrete(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """Returns (log of the decays, what of each average is read), [D, n]."""
+        leaves = (self.strength, self.damping, self.enter, self.leave)
+        strength, damping, enter, leave = (leaf[...].astype(dtype) for leaf in leaves)
+        strength = jax.nn.sigmoid(strength)
+        # At least e^-16 a token: strength and damping of 1 would forget at once.
+        decay = jnp.log1p(-jnp.minimum(strength * jax.nn.sigmoid(damping), 1 - 2.0**-23))
+        return decay, strength * enter * leave * self.rates**-0.5
 
 
 @jax.tree_util.register_dataclass
@@ -321,10 +372,10 @@ class _Tokens:
         """These tokens, then others."""
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], 1), self, other)
 
-    def pad_front(self, more: int) -> '_Tokens':
-        """With `more` tokens of padding in front."""
+    def pad(self, front: int, end: int) -> '_Tokens':
+        """With padding in front and at the end."""
         return jax.tree.map(
-            lambda x: jnp.pad(x, [(0, 0), (more, 0)] + [(0, 0)] * (x.ndim - 2)), self
+            lambda x: jnp.pad(x, [(0, 0), (front, end)] + [(0, 0)] * (x.ndim - 2)), self
         )
 
     def split(self, size: int) -> '_Tokens':

@@ -44,24 +44,35 @@ def turn(vector, t):
     )
 
 
-def paper(p, x, *, chunk, weights):
+def averages(p, x):
+    """The damped averages of x [T, D], read: [T, D]."""
+    strength, damping = sigmoid(p['strength']), sigmoid(p['damping'])
+    average, out = np.zeros_like(strength), np.zeros_like(x)
+    for t in range(len(x)):
+        average = strength * p['enter'] * x[t][:, None] + (1 - strength * damping) * average
+        out[t] = np.sum(p['leave'] * average, axis=1) / np.sqrt(average.shape[1])
+    return out
+
+
+def paper(p, x, *, chunk, weights, causal=True):
     """Mega for one sequence x [T, D] in float64: y with x + y = its output."""
 
     def linear(name, x):
         return x @ p[name]['kernel'] + p[name]['bias']
 
-    strength, damping = sigmoid(p['strength']), sigmoid(p['damping'])
-    average, m = np.zeros_like(strength), np.zeros_like(x)
-    for t in range(len(x)):
-        average = strength * p['enter'] * x[t][:, None] + (1 - strength * damping) * average
-        moved = np.sum(p['leave'] * average, axis=1) / np.sqrt(average.shape[1])
-        m[t] = silu(moved + p['skip'] * x[t])
+    m = averages(p['average'], x)
+    if not causal:
+        own = sigmoid(p['back']['strength']) * p['back']['enter'] * p['back']['leave']
+        m = m + averages(p['back'], x[::-1])[::-1] - x * np.sum(own, 1) / np.sqrt(own.shape[1])
+    m = silu(m + p['skip'] * x)
     z, v = silu(linear('shared', m)), silu(linear('value', x))
     q = z * p['query_scale'] + p['query_offset']
     k = z * p['key_scale'] + p['key_offset']
     o = np.zeros((len(x), v.shape[1]))
     for i in range(len(x)):
-        keys = np.arange(0 if chunk is None else i - i % chunk, i + 1)
+        first = 0 if chunk is None else i - i % chunk
+        end = len(x) if chunk is None else min(first + chunk, len(x))
+        keys = np.arange(first, i + 1 if causal else end)
         score = k[keys] @ q[i]
         bias = np.array([turn(p['query_position'], i) @ turn(p['key_position'], j) for j in keys])
         if weights == 'softmax':
@@ -95,6 +106,27 @@ def test_against_the_paper(chunk, weights, monkeypatch):
     second = mixer(x[:, 9:], info=SeqInfo(info[:, 9:]), state=state)[0]
     joined = np.concatenate([first, second], 1)
     np.testing.assert_allclose(joined, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('weights', ['softmax', 'laplace'])
+@pytest.mark.parametrize('chunk', [None, 5, 40])
+def test_both_ways_against_the_paper(chunk, weights, monkeypatch):
+    """Alone, and packed: chunks count from a document's first token, wherever it stands."""
+    monkeypatch.setattr(mega, 'QUERIES', 8)
+    mixer = make(causal=False, chunk=chunk, weights=weights)
+    params = nnx.to_pure_dict(nnx.state(mixer, nnx.Param))
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    x = np.asarray(jax.random.normal(jax.random.key(1), (1, LENGTH, WIDTH)))
+    facts = {'chunk': chunk, 'weights': weights, 'causal': False}
+    whole = mixer(jnp.asarray(x), info=SeqInfo.of(1, LENGTH))[0]
+    expected = paper(params, x[0].astype(np.float64), **facts)
+    np.testing.assert_allclose(whole[0], expected, atol=2e-5, rtol=1e-4)
+    ids = np.array([[1] * 8 + [0] * 2 + [2] * 13], np.int32)
+    place = np.concatenate([np.arange(8), [0, 0], np.arange(13)])[None].astype(np.int32)
+    packed = mixer(jnp.asarray(x), info=SeqInfo(jnp.asarray(place), jnp.asarray(ids)))[0]
+    for part in (slice(0, 8), slice(10, 23)):
+        expected = paper(params, x[0, part].astype(np.float64), **facts)
+        np.testing.assert_allclose(packed[0, part], expected, atol=2e-5, rtol=1e-4)
 
 
 def test_the_rest_of_a_document_may_follow_padding():
@@ -131,14 +163,15 @@ def test_the_state_of_a_chunk_does_not_grow():
 
 
 def test_what_it_refuses():
-    with pytest.raises(ConfigError, match='mega is causal.*use attention'):
-        make(causal=False)
+    with pytest.raises(ConfigError, match='mega over both directions has no decoding state'):
+        make(causal=False).init_state(1, 4, jnp.float32)
     with pytest.raises(ConfigError, match='mega: chunk must be at least 1, got 0'):
         make(chunk=0)
     with pytest.raises(ConfigError, match='key_dim must be even'):
         make(key_dim=3)
     with pytest.raises(ConfigError, match="weights are 'softmax' or 'laplace', not 'relu2'"):
         make(weights='relu2')
+    assert make(causal=False).state_bytes(1, 4, jnp.float32) == 0
     state = make(averages=2).init_state(2, 9, jnp.float32)
     with pytest.raises(ValueError, match='mega got the state of another config'):
         make()(jnp.zeros((2, 5, WIDTH)), info=SeqInfo.of(2, 5), state=state)
