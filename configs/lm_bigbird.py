@@ -1,8 +1,9 @@
 """A small BigBird language model: configs/lm.py's tiny decoder with a sparse mask.
 
 BigBird (arXiv 2007.14062) made causal: a block of 16 tokens sees itself, the block before it, one
-random block before these and the document's first. Rows of 128 tokens are too short to save time by it; the config shows how the mixer is used,
-and trains anywhere. It says nothing about quality at scale.
+random block before these and the document's first. Rows of 128 tokens are too short to save time by
+it; the config shows how the mixer is used, and trains anywhere. It says nothing about quality at
+scale.
 
 Cost, from --dry_run: 0.63M parameters, 4.66 GFLOP a step of 2048 tokens.
 

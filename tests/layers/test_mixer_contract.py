@@ -46,6 +46,7 @@ CONFIGS = {
     'linear_attention': [{'heads': 2, 'key_dim': 5}],
     'linformer': [{'heads': 2, 'rank': 4}],
     'longformer': [{'heads': 2, 'reach': 2, 'global_tokens': 1}],
+    'longnet': [{'heads': 2, 'segments': (2, 6), 'dilations': (1, 2)}],
     'mamba': [{'expand': 2, 'state': 4, 'chunk': 4}],
     'mamba2': [{'head_dim': 6, 'state': 5, 'groups': 2}],
     'mate': [{'heads': 2, 'columns': 3}],
@@ -79,11 +80,12 @@ MORE = {
         {'heads': 2, 'rank': 3, 'share': 'key_value', 'head_dim': 6},
     ],
     'longformer': [
-        {'heads': 4, 'kv_heads': 2, 'reach': 4, 'dilation': 2, 'bias': True, 'qk_norm': True}
+        {'heads': 4, 'kv_heads': 2, 'head_dim': 4, 'reach': 4, 'dilation': 2, 'bias': True}
     ],
+    'longnet': [{'heads': 2, 'segments': (3,), 'dilations': (1,), 'implementation': 'reference'}],
     'mamba': [{'state': 3, 'dt_rank': 2, 'norms': True, 'implementation': 'reference'}],
     'mamba2': [{'expand': 1, 'head_dim': 4, 'state': 3, 'implementation': 'reference'}],
-    'mate': [{'heads': 4, 'kv_heads': 2, 'columns': 2, 'global_tokens': 1}],
+    'mate': [{'heads': 4, 'kv_heads': 2, 'head_dim': 4, 'columns': 2, 'global_tokens': 1}],
     'mega': [{'key_dim': 2, 'averages': 2, 'weights': 'laplace', 'implementation': 'reference'}],
     'nystromformer': [
         {'heads': 3, 'landmarks': 3, 'iterations': 4, 'bias': True},

@@ -3,7 +3,8 @@
 Plain Python: `effjax.costs` imports it without jax.
 """
 
-from effjax.kernels.attention.mask import MaskSpec, plan
+from effjax.kernels.attention.mask import MaskSpec
+from effjax.kernels.attention.mask import scored as planned_pairs
 
 DENSE_MAX = 1024  # longest sequence whose whole score matrix 'xla' forms
 BLOCK = 512  # rows and columns of a block of the blockwise form
@@ -56,7 +57,7 @@ def strategy(
       spec: the sparse mask.
     """
     planned = spec is not None and not positions and q_len == kv_len
-    if spec is not None and planned and 2 * plan(spec, q_len).scored < q_len**2:
+    if spec is not None and planned and 2 * planned_pairs(spec, q_len) < q_len**2:
         return 'gather'
     by_index = mask == 'causal' and not positions and q_len == kv_len
     if by_index and window is not None and 2 * band_block(window) < q_len:
@@ -109,7 +110,7 @@ def executed_pairs(
     form = strategy(q_len, kv_len, mask=mask, window=window, positions=False, spec=spec)
     if form == 'gather':
         assert spec is not None
-        return plan(spec, q_len).scored
+        return planned_pairs(spec, q_len)
     if form == 'dense':
         return q_len * kv_len
     if form == 'band':

@@ -28,6 +28,7 @@ class MaskSpec:
       block: tokens of a block, for `window` and `random`.
       segment: i and j lie in one segment of so many tokens.
       stride: i - j is a multiple of it.
+      offset: with `stride`, only the tokens with this remainder see and are seen.
       global_tokens: so many first tokens see all and are seen by all (Longformer).
       last_tokens: so many last tokens too; not with `causal`.
       random: blocks that each block of queries sees beside the near ones, drawn by a hash of
@@ -35,6 +36,8 @@ class MaskSpec:
       seed: of the random blocks.
       table: the random blocks themselves, a tuple for each block of queries, for sequences
         without documents; `random` is then their largest number.
+      branches: masks whose softmaxes are mixed by their denominators (LongNet), so that a pair
+        counts as often as they allow it; beside them only `causal`, the same in all, is said.
     """
 
     causal: bool = True
@@ -42,11 +45,13 @@ class MaskSpec:
     block: int | None = None
     segment: int | None = None
     stride: int | None = None
+    offset: int | None = None
     global_tokens: int = 0
     last_tokens: int = 0
     random: int = 0
     seed: int = 0
     table: tuple[tuple[int, ...], ...] | None = None
+    branches: tuple['MaskSpec', ...] = ()
 
     def __post_init__(self):
         for name in ('window', 'block', 'segment', 'stride'):
@@ -65,6 +70,14 @@ class MaskSpec:
             )
         if self.stride is not None and self.block is not None:
             raise ValueError('attention: a mask has either block or stride, not both.')
+        if self.offset is not None and not 0 <= self.offset < (self.stride or 0):
+            raise ValueError(f'attention: offset is from 0 to stride - 1, not {self.offset}.')
+        said = (self.window, self.block, self.segment, self.stride, self.table)
+        counts = self.global_tokens + self.last_tokens + self.random
+        if self.branches and (any(x is not None for x in said) or counts):
+            raise ValueError('attention: a mask of branches says nothing beside them but causal.')
+        if any(branch.causal != self.causal or branch.branches for branch in self.branches):
+            raise ValueError('attention: branches are as causal as their mask, without branches.')
 
     @property
     def plain(self) -> bool:
@@ -76,7 +89,14 @@ class MaskSpec:
     def absolute(self) -> bool:
         """Whether places matter, not only their differences."""
         counted = self.block or self.segment or self.global_tokens or self.last_tokens
-        return bool(counted)
+        apart = self.offset is not None or any(branch.absolute for branch in self.branches)
+        return bool(counted or apart)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a document's length matters."""
+        alone = self.last_tokens or (self.random and not self.causal)
+        return bool(alone) or any(branch.ahead for branch in self.branches)
 
     def allowed(self, i: Any, j: Any, length: Any = None) -> Any:
         """Returns which pairs may attend, bool, of places that broadcast against each other.
@@ -87,6 +107,8 @@ class MaskSpec:
           length: tokens of their document, for last tokens and for random blocks that may lie
             ahead.
         """
+        if self.branches:
+            return self.count(i, j, length) > 0
         out = self._near(i, j)
         if self.global_tokens:
             out = out | (j < self.global_tokens) | (i < self.global_tokens)
@@ -99,6 +121,10 @@ class MaskSpec:
                 out = out | (columns == self.drawn(rows, k, length))
         return out & (j <= i) if self.causal else out
 
+    def count(self, i: Any, j: Any, length: Any = None) -> Any:
+        """Returns how often pairs count, for places as `allowed` takes them."""
+        return sum(1 * branch.allowed(i, j, length) for branch in self.branches or (self,))
+
     def _near(self, i: Any, j: Any) -> Any:
         limited = self.window or self.segment or self.stride
         out = (i == i) & (j == j) if limited or not (self.global_tokens or self.random) else i != i
@@ -110,6 +136,8 @@ class MaskSpec:
             out = out & (i // self.segment == j // self.segment)
         if self.stride is not None:
             out = out & ((i - j) % self.stride == 0)
+        if self.offset is not None:
+            out = out & (i % self.stride == self.offset)
         return out
 
     def drawn(self, row: Any, k: int, length: Any) -> Any:
@@ -149,7 +177,8 @@ class Plan:
     """What to gather for the queries of one mask over T tokens.
 
     Attributes:
-      order: int [N C], the tokens in the order in which they are cut into blocks of C; -1 beyond.
+      order: int [N C], the tokens in the order in which they are cut into blocks of C, those
+        left out that see and are seen by none; -1 beyond.
       table: int [N, M], the blocks of keys that each block of queries sees; -1 for none.
       shared: int [G], tokens seen by all, which are gathered apart and read only there.
       rows: int [R], tokens that see all, computed apart.
@@ -172,17 +201,18 @@ class Plan:
 def plan(spec: MaskSpec, length: int) -> Plan:
     """Returns the plan of a mask over a document of `length` tokens."""
     size, step = spec.size(length), spec.stride or 1
-    order = np.concatenate([np.arange(r, length, step) for r in range(min(step, length))])
-    blocks = -(-length // size)
-    where = np.empty(length, int)
-    where[order] = np.arange(length)
+    parts = range(min(step, length)) if spec.offset is None else [spec.offset]
+    order = np.concatenate([np.arange(r, length, step) for r in parts])
+    blocks = max(1, -(-len(order) // size))
+    where = np.full(length, -1)
+    where[order] = np.arange(len(order))
     first, last = _near_range(spec, order, length)
     first, last = where[first] // size, where[last] // size
     limited = spec.window or spec.segment or spec.stride
     nothing_near = not limited and (spec.global_tokens or spec.last_tokens or spec.random)
     seen: list[set[int]] = []
     for n in range(blocks):
-        mine = slice(n * size, min((n + 1) * size, length))
+        mine = slice(n * size, min((n + 1) * size, len(order)))
         pairs = set() if nothing_near else set(zip(first[mine], last[mine], strict=True))
         seen.append({j for a, b in pairs for j in range(a, b + 1)})
         if spec.random:
@@ -194,7 +224,7 @@ def plan(spec: MaskSpec, length: int) -> Plan:
     for n, s in enumerate(seen):
         table[n, : len(s)] = sorted(s)
     padded = np.full(blocks * size, -1)
-    padded[:length] = order
+    padded[: len(order)] = order
     ends = np.arange(max(0, length - spec.last_tokens), length)
     shared = np.union1d(np.arange(min(spec.global_tokens, length)), ends).astype(int)
     return Plan(padded, table, shared, shared[:0] if spec.causal else shared)
@@ -218,9 +248,16 @@ def _near_range(spec: MaskSpec, i: np.ndarray, length: int) -> tuple[np.ndarray,
     return i - (i - low) // step * step, i + (high - i) // step * step
 
 
+def scored(spec: MaskSpec, length: int) -> int:
+    """Returns how many pairs the plans of a mask's branches score."""
+    return sum(plan(branch, length).scored for branch in spec.branches or (spec,))
+
+
 @functools.lru_cache(maxsize=64)
 def pairs(spec: MaskSpec, length: int) -> int:
-    """Returns how many pairs a mask allows over a document of `length` tokens."""
+    """Returns how many pairs a mask allows over a document of `length` tokens, by branch."""
+    if spec.branches:
+        return sum(pairs(branch, length) for branch in spec.branches)
     made, total = plan(spec, length), 0
     size, blocks = len(made.order) // len(made.table), len(made.table)
     apart = np.zeros(length + 1, bool)

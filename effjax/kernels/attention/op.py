@@ -155,6 +155,8 @@ def _problem(
     check_ids('q_positions', q_positions, (batch, q_len))
     check_ids('kv_positions', kv_positions, (batch, kv_len))
     lengths, ordered = None, q_positions is None
+    if spec is not None and spec.branches and soft_cap is not None:
+        raise ValueError('attention: a mask of branches takes no soft cap.')
     if spec is not None:
         q_positions, kv_positions, lengths = _places(
             spec, (q_len, kv_len), segment_ids if shared else None, q_positions, kv_positions
@@ -189,7 +191,7 @@ def _places(
     kv_positions: jax.Array | None,
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     """Places of queries and keys in their documents, and lengths; None where indices serve."""
-    ahead = spec.last_tokens or (spec.random and not spec.causal)
+    ahead = spec.ahead
     if ids is not None and spec.absolute:
         if spec.table is not None:
             raise ValueError('attention: a mask with a table of blocks takes no documents.')

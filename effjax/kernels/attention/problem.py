@@ -98,6 +98,20 @@ def check_ids(name: str, ids: jax.Array | None, shape: tuple[int, int]) -> None:
         raise ValueError(f'attention: {name} is integer {shape}, not {ids.dtype} {ids.shape}.')
 
 
+def often(
+    problem: Problem, extras: Extras, q_index: jax.Array, kv_index: jax.Array
+) -> jax.Array | None:
+    """Returns what to add to the scores [..., T, S] for pairs that count often, or None."""
+    if problem.spec is None or not problem.spec.branches:
+        return None
+    if problem.positions:
+        assert extras.q_positions is not None and extras.kv_positions is not None
+        q_index, kv_index = extras.q_positions, extras.kv_positions
+    length = problem.shape[2] if extras.lengths is None else extras.lengths[..., :, None]
+    count = problem.spec.count(q_index[..., :, None], kv_index[..., None, :], length)
+    return jnp.log(jnp.maximum(count, 1).astype(jnp.float32))
+
+
 def allowed(
     problem: Problem,
     extras: Extras,

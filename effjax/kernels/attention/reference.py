@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from effjax.kernels.attention.problem import Extras, Problem, allowed
+from effjax.kernels.attention.problem import Extras, Problem, allowed, often
 
 
 def refuse(problem: Problem) -> str | None:
@@ -23,7 +23,11 @@ def attend(
     s_BHTS = s_BHTS * problem.scale
     if problem.soft_cap is not None:
         s_BHTS = problem.soft_cap * jnp.tanh(s_BHTS / problem.soft_cap)
-    mask = allowed(problem, extras, jnp.arange(q_len), jnp.arange(kv_len))
+    places = (jnp.arange(q_len), jnp.arange(kv_len))
+    bias = often(problem, extras, *places)
+    if bias is not None:
+        s_BHTS = s_BHTS + (bias[..., None, :, :] if bias.ndim == 3 else bias).astype(wide)
+    mask = allowed(problem, extras, *places)
     if mask is None:
         mask = jnp.ones((q_len, kv_len), bool)
     mask = jnp.broadcast_to(mask[..., None, :, :] if mask.ndim == 3 else mask, s_BHTS.shape)

@@ -14,6 +14,7 @@ Scores, softmax and sums are float32 (float64 for float64 inputs), products in t
 Dimensions: G key-value heads, R query heads that share one, C tokens of a block, N blocks.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -24,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from effjax.kernels.attention import cost
 from effjax.kernels.attention.mask import plan as mask_plan
-from effjax.kernels.attention.problem import Extras, Problem, allowed
+from effjax.kernels.attention.problem import Extras, Problem, allowed, often
 
 
 def refuse(problem: Problem) -> str | None:
@@ -88,9 +89,25 @@ def _attend_scored(
     k: jax.Array,
     v: jax.Array,
     mask: jax.Array | None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention of q [..., T, G, R, D] with a mask that broadcasts to [..., 1, 1, T, S]."""
+    return _with_lse(problem, rng, q, k, v, mask, bias)[0]
+
+
+def _with_lse(
+    problem: Problem,
+    rng: jax.Array | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The same, and the log of the softmax's denominator [..., T, G, R]."""
     s = _scores(problem, q, k)
+    if bias is not None:
+        s = s + bias.astype(s.dtype)
     if mask is not None:
         s = jnp.where(mask, s, _masked(s.dtype))
     p = jax.nn.softmax(s, axis=-1)
@@ -102,14 +119,15 @@ def _attend_scored(
     if problem.may_be_empty and mask is not None:
         some_key = jnp.moveaxis(mask.any(-1), -1, -3)[..., None]  # [..., T, 1, 1, 1]
         o = jnp.where(some_key, o, 0)
-    return o
+    lse = jnp.moveaxis(jax.nn.logsumexp(s, axis=-1), -1, -3)
+    return o, lse
 
 
 def _dense(problem: Problem, extras: Extras, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    mask = allowed(problem, extras, jnp.arange(q.shape[1]), jnp.arange(k.shape[1]))
-    if mask is not None:
-        mask = mask[..., None, None, :, :]
-    return _attend_scored(problem, extras.rng, q, k, v, mask)
+    places = (jnp.arange(q.shape[1]), jnp.arange(k.shape[1]))
+    mask, bias = (f(problem, extras, *places) for f in (allowed, often))
+    mask, bias = (a if a is None else a[..., None, None, :, :] for a in (mask, bias))
+    return _attend_scored(problem, extras.rng, q, k, v, mask, bias)
 
 
 def _band(problem: Problem, extras: Extras, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -149,12 +167,25 @@ def _gather(
     problem: Problem, extras: Extras, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> jax.Array:
     # Rematerialised, so that keys and values gathered many times are not kept so.
-    return jax.checkpoint(_gathered, static_argnums=0)(problem, extras, q, k, v)
+    run = jax.checkpoint(_gathered, static_argnums=0)
+    assert problem.spec is not None
+    if not problem.spec.branches:
+        return run(problem, extras, q, k, v)[0]
+    parts = []
+    for n, branch in enumerate(problem.spec.branches):
+        rng = None if extras.rng is None else jax.random.fold_in(extras.rng, n)
+        one = dataclasses.replace(problem, spec=branch)
+        parts.append(run(one, dataclasses.replace(extras, rng=rng), q, k, v))
+    # Each branch weighs as much as the denominator of its softmax.
+    weights = jax.nn.softmax(jnp.stack([lse for _, lse in parts]), axis=0)
+    total = sum(w[..., None] * o for w, (o, _) in zip(weights, parts, strict=True))
+    return jnp.asarray(total).astype(q.dtype)
 
 
 def _gathered(
     problem: Problem, extras: Extras, q: jax.Array, k: jax.Array, v: jax.Array
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
+    """The output [B, T, G, R, D], and the log of the softmax's denominator [B, T, G, R]."""
     assert problem.spec is not None
     made, length = mask_plan(problem.spec, q.shape[1]), q.shape[1]
     n, size = len(made.table), len(made.order) // len(made.table)
@@ -174,24 +205,30 @@ def _gathered(
         some = jnp.take(x, shared, axis=1)
         return jnp.concatenate([near, some], axis=2)
 
-    parts = Extras()
+    blocked = Extras()
     if problem.segments:
         assert extras.q_segments is not None and extras.kv_segments is not None
-        parts = Extras(queries(extras.q_segments), keys(extras.kv_segments))
-    mask = allowed(problem, parts, jnp.asarray(q_index), jnp.asarray(kv_index))
+        blocked = Extras(queries(extras.q_segments), keys(extras.kv_segments))
+    mask = allowed(problem, blocked, jnp.asarray(q_index), jnp.asarray(kv_index))
     assert mask is not None
     mask &= (kv_index >= 0)[:, None, :]
-    o = _attend_scored(
-        problem, extras.rng, queries(q), keys(k), keys(v), mask[..., None, None, :, :]
-    )
-    back = np.zeros(length, int)
-    back[made.order[made.order >= 0]] = np.flatnonzero(made.order >= 0)
-    o = jnp.take(o.reshape(o.shape[0], n * size, *o.shape[3:]), back, axis=1)
+    parts = (queries(q), keys(k), keys(v), mask[..., None, None, :, :])
+    found = np.flatnonzero(made.order >= 0)
+    back = np.full(length, n * size)  # one past the end, for tokens that the plan leaves out
+    back[made.order[found]] = found
+
+    def to_tokens(x: jax.Array, fill: float) -> jax.Array:  # [B, N, C, ...] -> [B, T, ...]
+        x = x.reshape(x.shape[0], n * size, *x.shape[3:])
+        return jnp.take(x, back, axis=1, mode='fill', fill_value=fill)
+
+    o, lse = _with_lse(problem, extras.rng, *parts)
+    o, lse = to_tokens(o, 0.0), to_tokens(lse, _masked(lse.dtype))
     if not len(made.rows):
-        return o
+        return o, lse
     rng = None if extras.rng is None else jax.random.fold_in(extras.rng, 1)
     # Documents never come here: with them, who sees all depends on where they begin.
-    return o.at[:, made.rows].set(_attend_scored(problem, rng, q[:, made.rows], k, v, None))
+    own, own_lse = _with_lse(problem, rng, q[:, made.rows], k, v, None)
+    return o.at[:, made.rows].set(own), lse.at[:, made.rows].set(own_lse)
 
 
 def _blocks(problem: Problem, extras: Extras, *qkv: jax.Array) -> jax.Array:
@@ -316,6 +353,9 @@ def _block_scores(problem, extras, block, q, k, q_i, k_j, i, j):
             **{name: getattr(part, name) for name in ('q_segments', 'kv_segments')},
             mask=jax.lax.dynamic_slice(grid, (i * block, j * block), (block, block)),
         )
+    bias = often(problem, part, rows, columns)
+    if bias is not None:
+        s = s + bias[..., None, None, :, :].astype(s.dtype)
     mask = columns < k.shape[1]  # rows past the end are cut off afterwards
     inside = allowed(problem, part, rows, columns)
     if inside is not None:

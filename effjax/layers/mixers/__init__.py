@@ -32,6 +32,7 @@ MIXERS = {
     'linear_attention': 'effjax.layers.mixers.linear_attention:LinearAttention',
     'linformer': 'effjax.layers.mixers.linformer:Linformer',
     'longformer': 'effjax.layers.mixers.longformer:Longformer',
+    'longnet': 'effjax.layers.mixers.longnet:LongNet',
     'mamba': 'effjax.layers.mixers.mamba:Mamba',
     'mamba2': 'effjax.layers.mixers.mamba2:Mamba2',
     'mate': 'effjax.layers.mixers.mate:Mate',

@@ -1,4 +1,4 @@
-"""Longformer, BigBird and MATE: against transformers, and what the mixers add to their masks."""
+"""Longformer, BigBird, MATE, LongNet: against transformers, and what mixers add to masks."""
 
 import pathlib
 
@@ -13,8 +13,10 @@ from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 from effjax.core.policy import Policy
 from effjax.kernels import MaskSpec, attention, last_choice
+from effjax.layers.mixers.attention import Attention
 from effjax.layers.mixers.bigbird import BigBird
 from effjax.layers.mixers.longformer import Longformer
+from effjax.layers.mixers.longnet import LongNet
 from effjax.layers.mixers.mate import Mate
 
 GOLDEN = pathlib.Path(__file__).parents[2] / 'golden' / 'sparse_attention.npz'
@@ -74,6 +76,7 @@ def test_long_rows_are_gathered(causal):
         (Longformer, {'reach': 32}),
         (BigBird, {'block': 16, 'random': 1}),
         (Mate, {'columns': 16}),
+        (LongNet, {'segments': (32, 256), 'dilations': (1, 8)}),
     ):
         mixer = kind(ctx, heads=2, **sizes, rngs=nnx.Rngs(0))
         jax.eval_shape(lambda x: mixer(x, info=SeqInfo.of(1, 512))[0], x)  # noqa: B023
@@ -91,6 +94,17 @@ def test_random_blocks_differ_by_head_and_seed():
     assert make(BigBird, block=4, seed=1).mask()[0] != first
 
 
+def test_longnet_of_one_whole_segment_is_attention():
+    mixer, plain = make(LongNet, segments=(64,), dilations=(1,)), make(Attention)
+    x = jax.random.normal(jax.random.key(0), (2, 50, 12))
+    info = SeqInfo.of(2, 50)
+    np.testing.assert_allclose(mixer(x, info=info)[0], plain(x, info=info)[0], atol=2e-6)
+    # Heads take turns in what they see of a dilated segment.
+    offsets = [m.branches[1].offset for m in make(LongNet, heads=4, segments=(2, 6),
+                                                  dilations=(1, 3)).mask()]  # fmt: skip
+    assert offsets == [0, 1, 2, 0]
+
+
 def test_causal_longformer_has_no_projections_of_its_own():
     assert not hasattr(make(Longformer, causal=True), 'global_query')
     assert hasattr(make(Longformer), 'global_query')
@@ -104,5 +118,8 @@ def test_what_they_refuse():
         make(BigBird, random=-1)
     with pytest.raises(ConfigError, match='mate: heads must be even'):
         make(Mate, heads=3, columns=4)
+    for sizes in ({'segments': (8, 9)}, {'dilations': (1, 2)}, {'dilations': (2, 4, 16)}):
+        with pytest.raises(ConfigError, match='longnet: segments and dilations are as many'):
+            make(LongNet, **{'segments': (8, 8, 16), 'dilations': (1, 2, 4), **sizes})
     with pytest.raises(ConfigError, match='has no decoding state'):
         make(Longformer)(jnp.zeros((1, 4, 12)), info=SeqInfo.of(1, 4), return_state=True)
