@@ -195,6 +195,16 @@ def test_the_generator_goes_on_where_it_was(tool, monkeypatch, tmp_path):
     assert len(ran) == 5 and len(pairs.load(tmp_path / 'pairs.json')) == 1
     with pytest.raises(ConfigError, match="no method 'pal'"):
         tool.main(['pal'])
+    # Out of time: what is left is noted, and runs when there is time again.
+    rows['vit'] = METHODS['vit']
+    tool.main(['--minutes=0'])
+    stored = pairs.load(tmp_path / 'pairs.json')
+    assert len(ran) == 5
+    assert [p.state for p in stored.values()] == ['works', 'untested', 'untested']
+    assert stored['palm', 'vit'].reason == pairs.NOT_RUN in tool.TARGET.read_text()
+    tool.main([])
+    assert len(ran) == 6
+    assert pairs.load(tmp_path / 'pairs.json')['palm', 'vit'].state == 'works'
 
 
 # ---- the command -------------------------------------------------------------------------------

@@ -1,17 +1,20 @@
 """Trains every pair of methods for two steps; writes effjax/pairs.json and docs/pairs.md.
 
-Usage: python tools/pairs.py [ID ...] [--all] [--page]
+Usage: python tools/pairs.py [ID ...] [--all] [--page] [--minutes M]
 
 Only pairs without a current entry run; --all runs them all again, an ID those of that method,
---page writes the page alone. It can be stopped at any time and goes on where it was.
+--page writes the page alone. It can be stopped at any time and goes on where it was; after
+--minutes it notes the pairs that are left as not run yet, and writes the page.
 """
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -35,7 +38,7 @@ what stands here of one method.
 
 A method without lines of its own *is* its base config, and the other's lines are put onto that. Two
 methods that set one key to different values, or that are two base configs, are never in one run:
-untested.
+untested, as is a pair that nobody has run yet.
 """
 
 
@@ -107,6 +110,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument('ids', nargs='*', metavar='ID', help='run the pairs of these again')
     parser.add_argument('--all', action='store_true', help='run every pair again')
     parser.add_argument('--page', action='store_true', help='write docs/pairs.md and leave')
+    parser.add_argument('--minutes', type=float, help='after so long, note the rest as not run')
     args = parser.parse_args(argv)
     rows, stored = methods.load(), pairs_lib.load(pairs_lib.FILE)
     for name in args.ids:
@@ -118,9 +122,11 @@ def main(argv: Sequence[str]) -> None:
         pair = stored.get(key)
         if pair and pair.digest == pairs_lib.digest(*(rows[name] for name in key)):
             found[key] = pair
-    due = [key for key in every_pair(rows) if key not in found or again & {*key}]
+    left = {key for key, pair in found.items() if pair.reason == pairs_lib.NOT_RUN}
+    due = [key for key in every_pair(rows) if key not in found or key in left or again & {*key}]
     if not args.page:
-        run(rows, due, found)
+        until = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
+        run(rows, due, found, until)
     elif len(found) < len(list(every_pair(rows))):
         raise StudyError(f'{len(due)} pairs have no current entry; run without --page first.')
     save(rows, found)  # a method that is gone leaves the table even when nothing was due
@@ -131,14 +137,40 @@ def run(
     rows: Mapping[str, methods.Method],
     due: Sequence[tuple[str, str]],
     found: dict[tuple[str, str], Pair],
+    until: float = math.inf,
 ) -> None:
-    """Finds out about the pairs in `due`, writing the table after each."""
+    """Finds out about the pairs in `due`, writing the table after each.
+
+    Args:
+      rows: all methods.
+      due: the pairs.
+      found: takes what was found.
+      until: seconds of `time.monotonic()` after which no pair is run, only noted.
+    """
     known: dict[str, tuple[str, str]] = {}
     for i, (first, second) in enumerate(due, 1):
+        if time.monotonic() > until:
+            note(rows, due[i - 1 :], found)
+            print(f'{len(due) - i + 1} pairs left, noted as not run yet', flush=True)
+            return
         pair = find_out(rows[first], rows[second], known)
         found[pair.key] = pair
         print(f'{i}/{len(due)} {first} + {second}: {pair.state} {pair.reason}', flush=True)
         save(rows, found)
+
+
+def note(
+    rows: Mapping[str, methods.Method],
+    left: Sequence[tuple[str, str]],
+    found: dict[tuple[str, str], Pair],
+) -> None:
+    """Enters pairs that no config holds, and the others as not run yet."""
+    for first, second in left:
+        outcome = pairs_lib.judge(rows[first], rows[second], ROOT)[1]
+        state, reason = outcome or ('untested', pairs_lib.NOT_RUN)
+        digest = pairs_lib.digest(rows[first], rows[second])
+        found[first, second] = Pair(first, second, state, reason, digest)
+    save(rows, found)
 
 
 def save(rows: Mapping[str, methods.Method], found: Mapping[tuple[str, str], Pair]) -> None:

@@ -21,6 +21,7 @@ STATES = ('works', 'refused', 'untested', 'broken')
 STEPS = 2
 # The base config on which techniques are shown that any model could have.
 PLAIN = 'configs/lm.py'
+NOT_RUN = 'not run yet; run: python tools/pairs.py'
 TWO_BASES = 'are two base configs, and a run has one'
 # Values that make any decoder or vision transformer small, wherever the key stands.
 TINY = {
@@ -121,8 +122,8 @@ def partners(
         first, second = sorted((name, other), key=order.index)
         pair = pairs.get((first, second))
         if pair is None or pair.digest != digest(rows[first], rows[second]):
-            change = 'not run yet' if pair is None else 'a row has changed since it was run'
-            out['untested'][other] = f'{change}; run: python tools/pairs.py'
+            changed = 'a row has changed since it was run; run: python tools/pairs.py'
+            out['untested'][other] = NOT_RUN if pair is None else changed
         else:
             out[pair.state][other] = pair.reason
     return out
