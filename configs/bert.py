@@ -4,7 +4,7 @@
 sentence pairs, token types or next-sentence loss. `tiny` (default) reads the text that comes with
 Python and trains anywhere: after 1000 of its steps, half an hour on two busy cores, a held-out
 masked token cost 4.98 nats and one in six was found. `base` and `large` are the published shapes.
-`linformer` and `nystromformer` are the tiny one with that mixer: how it is used, and no
+`linformer`, `nystromformer` and `reformer` are the tiny one with that mixer: how it is used, and no
 word on its quality.
 
     python -m effjax.train --config=configs/bert.py:linformer
@@ -22,6 +22,7 @@ SIZES = {
 MIXERS = {
     'linformer': dict(rank=32),
     'nystromformer': dict(landmarks=16, conv=5),
+    'reformer': dict(chunk=16, rounds=2),
 }
 
 

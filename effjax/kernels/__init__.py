@@ -20,6 +20,7 @@ from effjax.kernels.dplr import dplr
 from effjax.kernels.fft_conv import fft_conv
 from effjax.kernels.linear_recurrence import linear_recurrence
 from effjax.kernels.selective_scan import selective_scan
+from effjax.kernels.lsh_attention import lsh_attention, lsh_buckets
 from effjax.kernels.short_conv import short_conv
 from effjax.kernels.wkv import wkv
 
@@ -34,6 +35,8 @@ __all__ = [
     'last_choice',
     'linear_cross_entropy',
     'linear_recurrence',
+    'lsh_attention',
+    'lsh_buckets',
     'save_attention',
     'selective_scan',
     'short_conv',

@@ -73,6 +73,7 @@ class Runtime:
         # Built for the longest rows that any stage will ask for.
         longest = {**self.config, 'seq_len': self._record}
         self.built = models.build(longest, mesh=self.mesh)
+        setup.check_sampling(self.config, self.built.model)
         self.params = trees.count(self.built.abstract_state['params'])
         optimizer = self.optimizer(self.stages[0])
         scale, average = self.precision.loss_scale, bool(self.config['ema'])

@@ -96,6 +96,26 @@ def resolve(config: dict[str, Any], info: Any) -> dict[str, Any]:
     return {**config, 'model': model}
 
 
+def check_sampling(config: Mapping[str, Any], model: Any) -> None:
+    """Checks that a model which is to speak at the end of its run can.
+
+    Args:
+      config: a checked config.
+      model: the abstract module.
+
+    Raises:
+      ConfigError: a mixer without a decoding state, by its own words.
+    """
+    import jax
+
+    if not config['finish']['sample_tokens']:
+        return
+    try:
+        jax.eval_shape(lambda: model.init_state(1, 1))
+    except ConfigError as e:
+        raise ConfigError(f'config.finish.sample_tokens: {e}') from e
+
+
 def check_same_data(first: Any, other: Any, stage: int) -> None:
     """Checks that a stage's data fits the model that the first stage's data has shaped.
 

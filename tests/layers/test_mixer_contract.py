@@ -52,6 +52,7 @@ CONFIGS = {
     'mate': [{'heads': 2, 'columns': 3}],
     'mega': [{'key_dim': 4, 'value_dim': 5, 'averages': 3, 'chunk': 4}],
     'nystromformer': [{'heads': 2, 'landmarks': 4, 'conv': 3}],
+    'reformer': [{'heads': 2, 'chunk': 2, 'buckets': 4}],
     'retnet': [{'heads': 2}],
     'rg_lru': [{'heads': 2, 'chunk': 4}],
     'rwkv4': [{}],
@@ -91,6 +92,10 @@ MORE = {
         {'heads': 3, 'landmarks': 3, 'iterations': 4, 'bias': True},
         {'heads': 1, 'landmarks': 20},
     ],
+    'reformer': [
+        {'heads': 3, 'chunk': 3, 'rounds': 1, 'bias': True},
+        {'heads': 2, 'chunk': 2, 'buckets': 2, 'implementation': 'reference'},
+    ],
     'retnet': [{'heads': 1, 'key_dim': 4, 'value_dim': 3, 'conv': 2}],
     'rg_lru': [{'heads': 1, 'inner': 5, 'conv': 2, 'implementation': 'reference'}],
     'rwkv4': [{'inner': 5, 'implementation': 'reference'}],
@@ -113,6 +118,10 @@ FAST = [(c.id, *c.values) for c in CASES if not c.marks]
 def _part(kind):
     return lookup(MIXERS, kind, 'mixer')
 
+
+# Mixers that sort tokens: a later token moves where in a sum the others stand, which rounds another
+# way. Their plain implementation, in `MORE`, does not sort and has to be exact.
+REORDERED = {'reformer': 1e-6}
 
 # What a mixer says of itself decides which properties it must have; `test_says_what_it_cannot_do`
 # checks that it refuses the rest.
@@ -304,7 +313,9 @@ def test_is_causal(kind, config):
     before = case.forward(case.params, x, info)
     after = case.forward(case.params, moved, info)
     change = np.abs(np.asarray(after - before)).max(-1)
-    assert not np.any(change[np.triu_indices(LENGTH, 1)[::-1]]), 'an output saw the future'
+    limit = 0 if config.get('implementation') == 'reference' else REORDERED.get(kind, 0)
+    future = change[np.triu_indices(LENGTH, 1)[::-1]]
+    assert np.all(future <= limit), 'an output saw the future'
     assert np.all(np.diag(change) > 0)
 
 

@@ -38,6 +38,7 @@ MIXERS = {
     'mate': 'effjax.layers.mixers.mate:Mate',
     'mega': 'effjax.layers.mixers.mega:Mega',
     'nystromformer': 'effjax.layers.mixers.nystromformer:Nystromformer',
+    'reformer': 'effjax.layers.mixers.reformer:Reformer',
     'retnet': 'effjax.layers.mixers.retnet:RetNet',
     'rg_lru': 'effjax.layers.mixers.rg_lru:RGLRU',
     'rwkv4': 'effjax.layers.mixers.rwkv4:RWKV4',
