@@ -62,6 +62,7 @@ CONFIGS = {
     's4d': [{'state': 6, 'chunk': 4}],
     's5': [{'state': 8, 'blocks': 2, 'chunk': 4}],
     'shaped_attention': [{'heads': 2}],
+    'transformer_xl': [{'heads': 2, 'segment': 3, 'memory': 4}],
 }
 # The same properties for more configs, in the tier `ci`.
 MORE = {
@@ -105,6 +106,11 @@ MORE = {
     's4d': [{'state': 4, 'start': 'legs', 'implementation': 'reference'}],
     's5': [{'implementation': 'reference'}],
     'shaped_attention': [{'heads': 2, 'values': True, 'qk_norm': True}],
+    'transformer_xl': [
+        {'heads': 3, 'segment': 4, 'head_dim': 5},
+        {'heads': 1, 'segment': 2, 'memory': 0},
+        {'heads': 2, 'segment': 1, 'memory': 3},
+    ],
 }
 CASES = [
     pytest.param(kind, config, id=f'{kind}-{i}', marks=marks)

@@ -48,4 +48,5 @@ MIXERS = {
     's4d': 'effjax.layers.mixers.s4d:S4D',
     's5': 'effjax.layers.mixers.s5:S5',
     'shaped_attention': 'effjax.layers.mixers.shaped:ShapedAttention',
+    'transformer_xl': 'effjax.layers.mixers.transformer_xl:TransformerXL',
 }
