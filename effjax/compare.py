@@ -11,7 +11,6 @@ command goes on where it stopped.
 import argparse
 import glob
 import pathlib
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -55,9 +54,10 @@ def _obey(args: argparse.Namespace, overrides: Sequence[str], argv: Sequence[str
 
 
 def _run(study: 'Study', out: pathlib.Path, args: argparse.Namespace, argv: Sequence[str]) -> int:
+    from effjax.study import commands
     from effjax.study import compare as studies
 
-    command = shlex.join(['python', '-m', 'effjax.compare', *argv])
+    command = commands.noted(argv)
     if args.report_only:
         found = studies.report(study, out, [command])
     else:

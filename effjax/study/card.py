@@ -16,6 +16,7 @@ from typing import Any
 from effjax.core.errors import StudyError
 from effjax.core.registry import suggest
 from effjax.study import markdown, tables
+from effjax.study.commands import shown
 from effjax.study.records import Analysis, Comparison, Ratio, analysis_from_json, to_json
 from effjax.training.files import plain, write_json_atomic, write_text_atomic
 
@@ -35,6 +36,7 @@ def publish(analysis: Analysis, folder: str | pathlib.Path) -> pathlib.Path:
     """Writes a study's results into its folder, small enough to commit, and the report beside them.
 
     The evaluations during runs are left out; all runs, failed ones too, and their ends are kept.
+    Of paths the names stay, without the folders of this machine.
 
     Args:
       analysis: of the study.
@@ -49,7 +51,7 @@ def publish(analysis: Analysis, folder: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(folder) / RESULTS
     path.parent.mkdir(parents=True, exist_ok=True)
     cells = [dataclasses.replace(cell, curve=[]) for cell in analysis.cells]
-    saved = plain(to_json(dataclasses.replace(analysis, cells=cells)))
+    saved = shown(plain(to_json(dataclasses.replace(analysis, cells=cells))))
     write_json_atomic(path, saved)
     # From what is stored, so that the report can be made again from it and is then the same.
     report = markdown.render(analysis_from_json(saved))

@@ -13,6 +13,7 @@ from typing import Any
 from effjax.core.errors import StudyError
 from effjax.costs import page
 from effjax.study import analysis as analyses
+from effjax.study import commands as command_of
 from effjax.study import lock, plan, preflight, records, spec, stats, store
 from effjax.study.execute import Runner
 from effjax.study.records import Analysis, Cell
@@ -145,6 +146,7 @@ def report(study: Study, out: str | pathlib.Path, commands: Sequence[str] = ()) 
         sources={a.name: _source(a.source_run) for a in study.arms if a.source_run},
         notes=notes,
     )
+    found = _with_commands(study, found)
     write_json_atomic(folder / 'analysis.json', records.to_json(found))
     write_text_atomic(folder / 'report.md', markdown.render(found))
     html.write(found, folder)
@@ -233,6 +235,15 @@ def _finals(study: Study, cells: Sequence[Cell]) -> list[plan.Group]:
 
 def _jobs(study: Study, cells: Sequence[Cell]) -> list[plan.Job]:
     return [job for g in [*plan.tuning(study), *_finals(study, cells)] for job in g.jobs]
+
+
+def _with_commands(study: Study, found: Analysis) -> Analysis:
+    """Adds to each arm what trains it by itself, at the first seed and the full budget."""
+    arms = {}
+    for group in _finals(study, found.cells)[: len(study.arms)]:
+        job = group.jobs[0]
+        arms[job.arm] = {**found.arms[job.arm], 'commands': [command_of.of_arm(study, job)]}
+    return dataclasses.replace(found, arms=arms)
 
 
 def _check_judged_alike(study: Study, folder: pathlib.Path, jobs: Sequence[plan.Job]) -> None:

@@ -48,7 +48,7 @@ class Job:
     @property
     def digest(self) -> str:
         """Names the config; a stored result of another digest is not this run's."""
-        text = json.dumps(_identity(self.config), sort_keys=True)
+        text = json.dumps(identity(self.config), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -166,7 +166,7 @@ def _job(
     return Job(arm.name, phase, seed, fraction, settings, config, '/'.join(['runs', *parts]))
 
 
-def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run's numbers: not its name, logging, checkpoints or parallel layout."""
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what makes a run's numbers: not its name, logging, checkpoints or parallel layout."""
     left_out = ('name', 'log', 'checkpoint', 'finish', 'mesh', 'sharding')
     return {k: v for k, v in config.items() if k not in left_out}

@@ -79,6 +79,13 @@ def test_a_study_runs_tunes_and_judges(study, trained, tmp_path):
     assert found.arms['new']['tuning'].chosen == 2e-3
     assert not found.arms['new']['tuning'].edge
     assert found.comparisons[0].verdict == 'win'
+    assert [arm['commands'] for arm in found.arms.values()] == [
+        [
+            'python -m effjax.train --config=configs/lm.py '
+            f'{change}--config.schedule.peak=0.002 --config.seed=0 --config.steps=200'
+        ]
+        for change in ('', '--config.model.width=32 ')
+    ]
     assert found.scale == '1.000 k parameters, 2.000 k tokens of made up'
     assert lines[0].startswith('fake: 18 runs: 2 arms x 3 seeds x 2 budgets')
     assert analysis_from_json(json.loads((tmp_path / 'analysis.json').read_text())) == found
