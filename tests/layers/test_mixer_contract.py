@@ -53,6 +53,7 @@ CONFIGS = {
     'mega': [{'key_dim': 4, 'value_dim': 5, 'averages': 3, 'chunk': 4}],
     'nystromformer': [{'heads': 2, 'landmarks': 4, 'conv': 3}],
     'reformer': [{'heads': 2, 'chunk': 2, 'buckets': 4}],
+    'polysketch': [{'heads': 2, 'sketch': 3, 'block': 4}],
     'retnet': [{'heads': 2}],
     'rg_lru': [{'heads': 2, 'chunk': 4}],
     'rwkv4': [{}],

@@ -39,6 +39,7 @@ MIXERS = {
     'mega': 'effjax.layers.mixers.mega:Mega',
     'nystromformer': 'effjax.layers.mixers.nystromformer:Nystromformer',
     'reformer': 'effjax.layers.mixers.reformer:Reformer',
+    'polysketch': 'effjax.layers.mixers.polysketch:PolySketch',
     'retnet': 'effjax.layers.mixers.retnet:RetNet',
     'rg_lru': 'effjax.layers.mixers.rg_lru:RGLRU',
     'rwkv4': 'effjax.layers.mixers.rwkv4:RWKV4',

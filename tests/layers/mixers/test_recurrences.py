@@ -11,6 +11,8 @@ from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 from effjax.core.policy import Policy
 from effjax.core.registry import arguments, check_block
+from effjax.costs import walk
+from effjax.kernels import dplr, linear_recurrence
 from effjax.layers.mixers import MIXERS
 
 WIDTH, LENGTH, HEADS = 12, 9, 2
@@ -18,7 +20,7 @@ IDS = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 2, 2, 3, 3, 0, 0]], np.in
 
 
 def make(kind, causal=True, width=WIDTH, **kw):
-    block = {'kind': kind, 'heads': HEADS, **kw}
+    block = {'kind': kind, **({} if kind in ('mamba2', 'rwkv4') else {'heads': HEADS}), **kw}
     ctx = Context(width=width, policy=Policy(), causal=causal, init='lecun', depth=2, max_len=32)
     component = check_block(MIXERS, block, 'mixer', 'mixer')
     return component(ctx, **arguments(block), rngs=nnx.Rngs(0))
@@ -214,6 +216,38 @@ def test_gla():
     mixer = run('gla', gla)
     assert mixer.value_dim == 2 * mixer.key_dim == WIDTH // HEADS
     run('gla', lambda p, x: gla(p, x, convolved=True), conv=3, value_dim=5)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'kw', 'groups', 'sizes'),
+    [
+        ('retnet', {'conv': 3}, 2, (6, 12)),
+        ('gla', {'conv': 2, 'rank': 3}, 2, (3, 6)),
+        ('linear_attention', {'key_dim': 5}, 2, (5, 7)),
+        ('based', {'key_dim': 3, 'value_dim': 4}, 2, (10, 5)),
+        ('mamba2', {'head_dim': 6, 'state': 5, 'groups': 2}, 2, (5, 6)),
+        ('rwkv6', {'rank': 3}, 2, (6, 6)),
+        ('rwkv7', {'rank': 3}, 2, (6, 6)),
+        ('rwkv4', {'inner': 7}, 0, ()),
+    ],
+)
+def test_cost_against_the_walk(kind, kw, groups, sizes):
+    """Products of the layer are those of its projections and of its operation by itself."""
+    mixer = make(kind, **kw)
+    x, info = jnp.zeros((2, 40, WIDTH)), SeqInfo.of(2, 40)
+    layer = walk(lambda x: mixer(x, info=info)[0], x).kind('matmul')
+    if groups:
+        heads = 4 if kind == 'mamba2' else HEADS
+        key, value = jnp.zeros((2, 40, groups, sizes[0])), jnp.zeros((2, 40, heads, sizes[1]))
+        decay = {'gla': key, 'rwkv6': key, 'mamba2': value[..., 0], 'retnet': value[0, 0, :, 0]}
+        if kind == 'rwkv7':
+            run = lambda k, v: dplr(k, k, v, k, k, k)  # noqa: E731
+        else:
+            bonus = key[0, 0] if kind == 'rwkv6' else None
+            run = lambda k, v: linear_recurrence(k, k, v, decay.get(kind), bonus=bonus)  # noqa: E731
+        layer -= walk(run, key, value).kind('matmul')
+    cost = mixer.cost(2, 40)
+    assert layer == cost.matmul and cost.scan > 0
 
 
 @pytest.mark.parametrize('kind', ['retnet', 'gla', 'linear_attention', 'based', 'rwkv6', 'rwkv7'])

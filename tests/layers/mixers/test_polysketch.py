@@ -1,0 +1,108 @@
+"""PolySketchFormer against its weights pair by pair in numpy, and what sketches promise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from effjax.core.context import Context
+from effjax.core.errors import ConfigError
+from effjax.core.info import SeqInfo
+from effjax.core.policy import Policy
+from effjax.layers.mixers.polysketch import PolySketch
+
+WIDTH, LENGTH = 12, 11
+
+
+def make(causal=True, positions=None, width=WIDTH, **kw):
+    ctx = Context(
+        width=width, policy=Policy(), causal=causal, init='lecun', positions=positions or {}
+    )
+    return PolySketch(ctx, **{'heads': 2, **kw}, rngs=nnx.Rngs(0))
+
+
+def norm(p, x):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return x * p['scale'] + p['bias']
+
+
+def paper(mixer, x):
+    """Every pair of x [T, D] by itself: exact in its block, else the square of sketches."""
+    p = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(mixer, nnx.Param)))
+    q, k, v = (
+        np.einsum('td,dhk->thk', x, p['inputs'][n]['linear']['kernel'])
+        for n in ('query', 'key', 'value')
+    )
+    q, k = norm(p['query_norm'], q), norm(p['key_norm'], k)
+    f = lambda x: np.float64(mixer.sketch(jnp.asarray(x, jnp.float32)))  # noqa: E731
+    rough_q, rough_k, out = f(q), f(k), np.zeros_like(v)
+    for h in range(2):
+        for i in range(len(x)):
+            weights = np.zeros(i + 1)
+            for j in range(i + 1):
+                near = mixer.block and i // mixer.block == j // mixer.block
+                exact, rough = q[i, h] @ k[j, h], rough_q[i, h] @ rough_k[j, h]
+                weights[j] = exact**mixer.degree if near else rough**2
+            assert np.all(weights >= 0)
+            out[i, h] = weights @ v[: i + 1, h] / (1 + weights.sum())
+    return np.einsum('thv,hvd->td', out, p['out']['kernel'])
+
+
+@pytest.mark.parametrize(
+    'kw',
+    [
+        {'sketch': 5, 'block': 4},
+        {'sketch': 3, 'block': 0},
+        {'sketch': 4, 'learned': True, 'block': 3},
+        {'degree': 2, 'block': 4},
+        {'degree': 8, 'sketch': 3, 'block': 16},
+    ],
+)
+def test_against_its_weights(kw):
+    """Two documents in a row, neither of a whole number of blocks."""
+    mixer = make(**kw)
+    x = np.random.default_rng(0).normal(size=(1, LENGTH, WIDTH)).astype(np.float32)
+    ids = np.array([[1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2]], np.int32)
+    positions = np.array([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]], np.int32)
+    y = mixer(jnp.asarray(x), info=SeqInfo(jnp.asarray(positions), jnp.asarray(ids)))[0]
+    expected = np.concatenate([paper(mixer, np.float64(x[0, :6])), paper(mixer, x[0, 6:])])
+    # Fourth (eighth) powers of float32 numbers.
+    np.testing.assert_allclose(y[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_degree_2_and_whole_blocks_are_exact_polynomial_attention():
+    x = jax.random.normal(jax.random.key(0), (2, LENGTH, WIDTH))
+    info = SeqInfo.of(2, LENGTH)
+    by_sums = make(degree=2, block=0)(x, info=info)[0]
+    by_pairs = make(degree=2, block=LENGTH)(x, info=info)[0]
+    np.testing.assert_allclose(by_sums, by_pairs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_sketch_errs_less_the_larger_it_is():
+    """The mean square error of (q . k)^2 falls as 1 / r, over seeds."""
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(1, 40, 1, 6)), jnp.float32) for _ in range(2))
+    exact = np.einsum('bthk,bshk->bhts', q, k) ** 2
+
+    def error(r):
+        errors = []
+        for seed in range(10):
+            mixer = make(sketch=r, seed=seed)
+            rough = np.einsum('bthr,bshr->bhts', mixer.sketch(q), mixer.sketch(k))
+            errors.append(np.mean((rough - exact) ** 2))
+        return np.mean(errors)
+
+    # 16 times as large: a sixteenth of the error, give or take what ten seeds leave.
+    assert 8 < error(8) / error(128) < 32
+
+
+def test_what_cannot_be_is_said():
+    for kw, message in (
+        ({'heads': 5}, 'polysketch: heads 5 do not divide width 12'),
+        ({'degree': 3}, r'polysketch: degree is one of \(2, 4, 8\)'),
+        ({'block': -1}, 'block at least 0'),
+        ({'causal': False}, 'polysketch is causal'),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make(**kw)
