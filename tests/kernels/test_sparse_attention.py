@@ -1,6 +1,7 @@
 """Sparse masks: the plan holds exactly the dense mask, and the gathered form computes with it."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,8 @@ def test_gathered_equals_dense_with_gradients(spec):
         return jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
     (_, o), grads = run('xla', spec)
-    assert last_choice('attention')['form'] == 'gather'
+    choice = last_choice('attention')
+    assert choice['form'] == 'gather' and json.loads(json.dumps(choice))['spec'] == spec.words()
     # The reference knows no plans; a mask of branches counts its pairs, which it does too.
     dense = spec if spec.branches else jnp.asarray(spec.dense(length))
     (_, expected), expected_grads = run('reference', dense)

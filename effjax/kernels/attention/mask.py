@@ -79,6 +79,18 @@ class MaskSpec:
         if any(branch.causal != self.causal or branch.branches for branch in self.branches):
             raise ValueError('attention: branches are as causal as their mask, without branches.')
 
+    def words(self) -> str:
+        """Returns what the mask says, for a run's record."""
+        if self.branches:
+            return ' + '.join(branch.words() for branch in self.branches)
+        said = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != 'table'
+        }
+        unsaid = {'causal', 'branches'} | {n for n in said if said[n] is None}
+        unsaid |= {n for n in ('global_tokens', 'last_tokens', 'random', 'seed') if not said[n]}
+        named = [f'{name} {value}' for name, value in said.items() if name not in unsaid]
+        return ', '.join(['causal' if self.causal else 'both sides', *named])
+
     @property
     def plain(self) -> bool:
         """Whether it is causal, a causal window, or full: what needs no plan."""

@@ -120,7 +120,7 @@ def save_attention(primitive: Any, *_: Any, **params: Any) -> bool:
 def _facts(problem: Problem) -> dict[str, Any]:
     facts: dict[str, Any] = {'shape': problem.shape, 'dtype': problem.dtype, 'mask': problem.mask}
     if problem.spec is not None:
-        facts['spec'] = problem.spec
+        facts['spec'] = problem.spec.words()
     if problem.window is not None:
         facts['window'] = problem.window
     return facts
