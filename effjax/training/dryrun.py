@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from effjax import parallel
 from effjax.core import trees
@@ -74,13 +75,19 @@ def _flops(runtime: Runtime) -> list[str]:
     out.append(f'  one example forward: {page.si(total(one.values()).model_flops / 2, "MACs")}')
     dtype = runtime.precision.policy.compute_dtype
     for rows, costs in ((1, one), (batch, parts)):
-        held = total(costs.values()).state_bytes
-        if held:
+        if total(costs.values()).state_bytes:
+            sizes = [_state(runtime, rows, length, d) for d in (dtype, jnp.dtype('float32'))]
             out.append(
-                f'  decoding state of {rows} x {length} tokens: {_mebibytes(held)} in '
-                f'{dtype.name}, {_mebibytes(held * 4 / dtype.itemsize)} in float32'
+                f'  decoding state of {rows} x {length} tokens: {_mebibytes(sizes[0])} with '
+                f'activations in {dtype.name}, {_mebibytes(sizes[1])} in float32'
             )
     return out
+
+
+def _state(runtime: Runtime, rows: int, length: int, dtype: jnp.dtype) -> int:
+    """Bytes of a decoding state; what recurrent mixers carry is float32 in any dtype."""
+    model = runtime.built.model
+    return trees.nbytes(jax.eval_shape(lambda: model.init_state(rows, length, dtype)))
 
 
 def _mebibytes(size: float) -> str:

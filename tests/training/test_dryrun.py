@@ -56,3 +56,10 @@ def test_it_says_when_it_looks_at_no_data(tiny):
 def test_it_says_what_is_not_sharded(tiny):
     shown = dry_run(tiny('mesh.data=1', 'mesh.tensor=4'))
     assert "mixer/query/kernel: axis 'heads' is not sharded over 'tensor': 2 is not" in shown
+
+
+def test_a_recurrent_state_stays_float32(tiny):
+    shown = dry_run(tiny('model.mixer={"kind": "linear_attention", "heads": 2}'))
+    (line, *_) = [text for text in shown.splitlines() if 'decoding state of 1 x' in text]
+    with_bf16, in_fp32 = (float(part.split()[0]) for part in line.split(': ')[1].split(', '))
+    assert with_bf16 == in_fp32 > 0
