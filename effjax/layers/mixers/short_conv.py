@@ -14,7 +14,7 @@ from effjax.kernels import short_conv
 
 
 class ShortConv(nnx.Module):
-    """Causal depthwise convolution of `taps` tokens, `activation(sum_k w_k x_{t-k} + bias)`.
+    """Causal depthwise convolution of `taps` tokens, `activation(sum_k w_k x_{t-taps+1+k} + bias)`.
 
     A mixer calls it on its projections, with the documents of `info`, and keeps `memory` in its
     own state. Taps and bias start uniform within 1 / sqrt(taps), as those of Mamba do.
