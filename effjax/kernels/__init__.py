@@ -19,8 +19,8 @@ from effjax.kernels.diagonal_scan import diagonal_scan
 from effjax.kernels.dplr import dplr
 from effjax.kernels.fft_conv import fft_conv
 from effjax.kernels.linear_recurrence import linear_recurrence
-from effjax.kernels.selective_scan import selective_scan
 from effjax.kernels.lsh_attention import lsh_attention, lsh_buckets
+from effjax.kernels.selective_scan import selective_scan
 from effjax.kernels.short_conv import short_conv
 from effjax.kernels.wkv import wkv
 
