@@ -191,7 +191,9 @@ def tiny(config: Mapping[str, Any]) -> dict[str, Any]:
     else:
         # One document, since the few files might all be drawn for training.
         text = {'path': str(PACKAGE / 'core'), 'pattern': '*.py', 'one_document': True}
-        out['data'] = {'kind': 'text', **text, 'tokenizer': {'kind': 'byte'}}
+        # Some mixers take no documents: their configs say 'stream'.
+        packing = {'packing': out['data'].get('packing', 'pack')}
+        out['data'] = {'kind': 'text', **text, **packing, 'tokenizer': {'kind': 'byte'}}
     return out
 
 
