@@ -101,6 +101,7 @@ def _work(
 ) -> None:
     """Runs all that is missing, in order: what tells speed and noise, tuning, what is judged."""
     if probe:
+        runner.discard_stale(plan.probes(study))
         runner.run([plan.probes(study)])
     folder, workers = runner.out, len(runner.devices)
     for line in expectation(study, facts, folder, batched=runner.batched, workers=workers):
@@ -332,15 +333,7 @@ def _minutes(
     """Estimates the minutes of what is missing, from the speed of runs of the baseline."""
     cells = [*collect(study, folder), *probes]
     done = [c for c in cells if c.arm == study.baseline.name and c.status == 'done']
-    rates = [c.costs['seconds'] / c.costs['model_flops'] for c in done if c.costs['model_flops']]  # type: ignore[operator]
-    if not rates:
-        return None
-    rate = statistics.median(rates)
-    lanes = [max(1, int(c.environment.get('batched') or 0)) for c in done]
-    fixed = statistics.median(
-        ((c.costs['compile_seconds'] or 0) + (c.costs['eval_seconds'] or 0)) * n
-        for c, n in zip(done, lanes, strict=True)
-    )
+    compiling, judging = _overheads(done)
     total = 0.0
     for group in [*plan.tuning(study), *_finals(study, cells)]:
         states = [store.collect(job, folder, study.metric).status for job in group.jobs]
@@ -348,17 +341,48 @@ def _minutes(
         if not left:
             continue
         job = group.jobs[0]
-        total += left * _training_seconds(study, facts[job.arm], rate) * job.fraction
-        total += fixed * (1 if batched else left)
+        seconds = _training_seconds(study, facts[job.arm], done)
+        if seconds is None:
+            return None
+        total += left * seconds * job.fraction
+        judged = judging * _evaluations(study, facts[job.arm], job)
+        total += (compiling + judged) * (1 if batched else left)
     return total / 60
 
 
-def _training_seconds(study: Study, fact: preflight.Facts, rate: float) -> float:
-    if study.axis in ('seconds',):
-        return study.budget
-    if study.axis in ('model_flops', 'hardware_flops'):
-        return study.budget * rate
-    return (fact.steps or 0) * fact.step_flops * rate
+def _training_seconds(study: Study, fact: preflight.Facts, done: Sequence[Cell]) -> float | None:
+    """Returns an arm's seconds at the full budget, by what the baseline's runs took for theirs."""
+    if study.axis == 'seconds':
+        return study.budget if done else None
+    known = study.axis in ('model_flops', 'hardware_flops', 'joules')
+    axis = study.axis if known else 'model_flops'
+    spent = [(c.costs.get('seconds'), c.costs.get(axis)) for c in done]
+    rates = [seconds / amount for seconds, amount in spent if seconds and amount]
+    if not rates:
+        return None
+    amount = study.budget if known else (fact.steps or 0) * fact.step_flops
+    return amount * statistics.median(rates)
+
+
+def _overheads(done: Sequence[Cell]) -> tuple[float, float]:
+    """Returns the median seconds of compiling, and of one evaluation, for a run or a group."""
+    if not done:
+        return 0.0, 0.0
+    lanes = [max(1, int(c.environment.get('batched') or 0)) for c in done]
+    both = list(zip(done, lanes, strict=True))
+    compiling = statistics.median((c.costs['compile_seconds'] or 0) * n for c, n in both)
+    judging = statistics.median(
+        (c.costs['eval_seconds'] or 0) * n / max(1, len(c.curve)) for c, n in both
+    )
+    return compiling, judging
+
+
+def _evaluations(study: Study, fact: preflight.Facts, job: plan.Job) -> float:
+    """Returns how often a run takes the study's metric."""
+    block = job.trained['evals'].get(preflight.evaluation_of(study)) or {}
+    every, share = block.get('every_steps') or 0, block.get('every_share') or 0.0
+    steps = (fact.steps or 0) * job.fraction
+    return max(1.0, 1 / share if share else 0.0, steps / every if every else 0.0)
 
 
 def _smallest(study: Study, probes: Sequence[Cell]) -> str:

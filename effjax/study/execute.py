@@ -84,6 +84,17 @@ class Runner:
         made = self.inputs.get(job.arm)
         return store.status(job, self.out, self.code, any_code=self._any_code, inputs=made)
 
+    def discard_stale(self, group: Group) -> None:
+        """Deletes runs of a group that are another config's, data's or code version's.
+
+        Only for runs that nothing is concluded from.
+        """
+        for job in group.jobs:
+            try:
+                self._status(job)
+            except StudyError:
+                shutil.rmtree(self.out / job.folder)
+
     def run(self, groups: Sequence[Group]) -> None:
         """Runs all that is missing of some groups, one after another or side by side.
 
@@ -236,7 +247,7 @@ def _run_one(job: Job, out: pathlib.Path, code: str) -> None:
     from effjax.training.session import train
 
     try:
-        summary, stopped_by = train(job.config, out / job.folder)
+        summary, stopped_by = train(job.trained, out / job.folder)
     except Exception as error:
         stopping.check()  # what a signal broke is no failure
         _failed(job, out, code, error)
@@ -251,7 +262,7 @@ def _run_batched(jobs: Sequence[Job], out: pathlib.Path, code: str) -> None:
 
     jobs = [dataclasses.replace(job, config=_on_one_device(job.config)) for job in jobs]
     try:
-        summaries = run_batched([j.config for j in jobs], [out / j.folder for j in jobs])
+        summaries = run_batched([j.trained for j in jobs], [out / j.folder for j in jobs])
     except Exception as error:
         stopping.check()
         if _out_of_memory(error):

@@ -46,6 +46,14 @@ class Job:
     folder: str
 
     @property
+    def trained(self) -> dict[str, Any]:
+        """The config that is run: what is not judged is evaluated at its end alone."""
+        if self.phase == 'final':
+            return self.config
+        once = {'every_steps': 0, 'every_share': 0.0}
+        return {**self.config, 'evals': {k: {**v, **once} for k, v in self.config['evals'].items()}}
+
+    @property
     def digest(self) -> str:
         """Names the config; a stored result of another digest is not this run's."""
         text = json.dumps(identity(self.config), sort_keys=True)

@@ -7,7 +7,7 @@ import pytest
 
 from effjax.core.errors import StudyError, TrainingError
 from effjax.study import compare as studies
-from effjax.study import execute, plan, preflight, store
+from effjax.study import execute, plan, preflight, records, store
 from effjax.study.records import Cell, analysis_from_json
 from effjax.study.spec import Arm, Study
 
@@ -375,6 +375,74 @@ def test_too_small_a_budget_in_seconds_stops_after_the_probes(
     with pytest.raises(StudyError, match=r"arm 'base' cannot reach the budget: 100 training time"):
         studies.compare(timed, tmp_path, studies.Options(), say=lambda _: None)
     assert len(trained) == plan.PROBES
+
+
+def test_probes_of_another_budget_or_code_are_made_again(study, trained, tmp_path, monkeypatch):
+    def probed(study):
+        options, before = studies.Options(), len(trained)
+        monkeypatch.setattr(plan, 'tuning', lambda study: [])  # as killed after the probes
+        monkeypatch.setattr(studies, '_finals', lambda study, cells: [])
+        with monkeypatch.context() as only:
+            only.setattr(studies, 'report', lambda *args: None)
+            studies.compare(study, tmp_path, options, say=lambda line: None)
+        return len(trained) - before
+
+    study = dataclasses.replace(study, batched=False, tune_key='', budget=2000.0)
+    assert probed(study) == plan.PROBES
+    assert probed(study) == 0
+    assert probed(dataclasses.replace(study, budget=4000.0)) == plan.PROBES
+    monkeypatch.setattr(plan, 'code_version', lambda: 'other')
+    assert probed(dataclasses.replace(study, budget=4000.0)) == plan.PROBES
+
+
+def test_only_judged_runs_are_evaluated_on_their_way(study, repository, trained, tmp_path):
+    overrides = ("evals={'valid': {'every_share': 0.1}, 'test': {'every_steps': 5}}",)
+    study = dataclasses.replace(study, overrides=overrides)
+    final = plan.final(study, study.baseline, {})[-1].jobs[0]
+    assert final.trained is final.config and final.config['evals']['valid']['every_share'] == 0.1
+    for group in (plan.probes(study), *plan.tuning(study)):
+        for job in group.jobs:
+            assert all(
+                block['every_share'] == block['every_steps'] == 0
+                for block in job.trained['evals'].values()
+            )
+            assert {**job.trained, 'evals': job.config['evals']} == job.config
+            # A stored result stays one of this study: nothing but the curve differs.
+            assert job.config['evals'] == final.config['evals']
+
+
+@pytest.mark.parametrize(
+    ('axis', 'seconds'),
+    [('seconds', 600.0), ('joules', 3.0), ('model_flops', 0.6), ('hardware_flops', 0.3),
+     ('tokens', 0.4), ('reference_seconds', 0.4)],
+)  # fmt: skip
+def test_the_time_of_a_run_is_told_for_every_budget(study, axis, seconds):
+    costs = {'seconds': 2.0, 'joules': 400.0, 'model_flops': 2e3, 'hardware_flops': 4e3}
+    done = [records.Cell('base', 'probe', 0, 0.05, {}, 'done', value=1.0, costs=costs)]
+    fact = dataclasses.replace(FACTS, steps=4, step_flops=100.0)
+    one = dataclasses.replace(study, axis=axis, budget=600.0)
+    assert studies._training_seconds(one, fact, done) == pytest.approx(seconds)
+    assert studies._training_seconds(one, fact, []) is None
+
+
+def test_the_time_of_evaluations_is_told_by_their_number(study, repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    costs = {'compile_seconds': 6.0, 'eval_seconds': 4.0}
+    cells = [
+        records.Cell('base', 'probe', i, 0.05, {}, 'done', costs=costs, curve=[{}] * 2,
+                     environment={'batched': 3})
+        for i in range(2)
+    ]  # fmt: skip
+    assert studies._overheads(cells) == (18.0, 6.0)
+    assert studies._overheads([]) == (0.0, 0.0)
+    some = dataclasses.replace(study, overrides=("evals={'valid': {'every_share': 0.25}}",))
+    fact = dataclasses.replace(FACTS, steps=200)
+    (final, _), tuning = plan.final(some, some.baseline, {}), plan.tuning(some)
+    assert studies._evaluations(some, fact, final.jobs[0]) == 4
+    assert studies._evaluations(some, fact, tuning[0].jobs[0]) == 1
+    steps = dataclasses.replace(study, overrides=("evals={'valid': {'every_steps': 10}}",))
+    half = plan.final(steps, steps.baseline, {})[0].jobs[0]
+    assert studies._evaluations(steps, fact, half) == 10
 
 
 def test_a_report_of_nothing_says_so(study, trained, tmp_path):
