@@ -36,6 +36,7 @@ CONFIGS = {
             'bias': True,
         },
     ],
+    'base_conv': [{'conv': 0, 'filter_width': 8}],
     'based': [{'heads': 2, 'key_dim': 3}],
     'bigbird': [{'heads': 2, 'block': 2, 'near': 1, 'random': 1}],
     'deltanet': [{'heads': 2, 'key_dim': 4, 'value_dim': 8, 'chunk': 5}],
@@ -68,6 +69,7 @@ CONFIGS = {
 # The same properties for more configs, in the tier `ci`.
 MORE = {
     'attention': [{'heads': 3, 'kv_heads': 1, 'head_dim': 6, 'implementation': 'reference'}],
+    'base_conv': [{'conv': 3, 'bias': True}],
     'based': [{'heads': 3, 'key_dim': 4, 'value_dim': 3, 'conv': 3}],
     'bigbird': [
         {'heads': 2, 'kv_heads': 1, 'block': 1, 'random': 2, 'implementation': 'reference'}

@@ -22,6 +22,7 @@ cannot do a thing raises a `ValueError` naming itself, the thing, and what to us
 
 MIXERS = {
     'attention': 'effjax.layers.mixers.attention:Attention',
+    'base_conv': 'effjax.layers.mixers.base_conv:BaseConv',
     'based': 'effjax.layers.mixers.based:Based',
     'bigbird': 'effjax.layers.mixers.bigbird:BigBird',
     'deltanet': 'effjax.layers.mixers.deltanet:DeltaNet',
