@@ -24,6 +24,7 @@ from effjax.layers.norms import NORMS
 from effjax.layers.positions import POSITIONS, Learned, additive
 from effjax.models import blocks
 from effjax.models import body as bodies
+from effjax.models import memory as recurrent
 from effjax.models.plan import plan_segments
 from effjax.models.setup import Setup
 
@@ -60,6 +61,8 @@ class TextModel(nnx.Module):
         [D, E] before the other (ALBERT, arXiv 1909.11942); 0 is D, without products.
       embed_scale: factor on the token embedding; 0 is sqrt(width) (arXiv 1706.03762).
       init: initialiser scheme, see `core.context`.
+      memory: dict(tokens=, segment=, truncate=None) of a causal model cuts rows into segments that
+        hand on tokens of memory, see `models.memory`; None: a row is one sequence.
 
     Raises:
       ConfigError: values that do not fit together, naming the key.
@@ -91,6 +94,7 @@ class TextModel(nnx.Module):
         embed_width: int = 0,
         embed_scale: float = 1.0,
         init: str = 'gpt2',
+        memory: Mapping | None = None,
         rngs: nnx.Rngs,
     ):
         first_rate = dropout if embed_dropout is None else embed_dropout
@@ -101,19 +105,22 @@ class TextModel(nnx.Module):
         check_block(NORMS, norm, 'norm', 'config.model.norm')
         default = {'mixer': mixer, 'ffn': ffn, 'block': block}
         plan = plan_segments(segments, layers, share, default, setup.execution.attention)
+        self.max_len = max_len or setup.seq_len
+        if memory is not None:
+            recurrent.check(memory, self.max_len)
         ctx = Context(
             width=width,
             policy=setup.policy,
             causal=self.causal,
             depth=sum(s.depth for s in plan),
-            max_len=max_len or setup.seq_len,
+            max_len=self.max_len if memory is None else memory['segment'] + 2 * memory['tokens'],
             positions=dict(positions),
             norm=dict(norm),
             bias=bias,
             dropout=dropout,
             init=init,
         )
-        self.vocab_size, self.width, self.max_len = vocab_size, width, ctx.max_len
+        self.vocab_size, self.width, self.places = vocab_size, width, ctx.max_len
         self.tied, self.soft_cap, self.rate = tied, soft_cap, float(first_rate)
         self.embed_scale = float(embed_scale or width**0.5)
         self.policy = setup.policy
@@ -122,6 +129,11 @@ class TextModel(nnx.Module):
         self.embedding = TokenEmbedding(narrow, vocab_size, rngs=branch(rngs, 'embedding'))
         self.embed_in = _product(ctx, embed_width, width, (None, 'embed'), branch(rngs, 'embed_in'))
         self.positions = additive(ctx, rngs=branch(rngs, 'positions'))
+        self.memory = (
+            None
+            if memory is None
+            else recurrent.RecurrentMemory(ctx, **memory, rngs=branch(rngs, 'memory'))
+        )
         self.embed_out = _product(
             ctx, width, embed_width, ('embed', None), branch(rngs, 'embed_out')
         )
@@ -173,19 +185,22 @@ class TextModel(nnx.Module):
         """Returns the cost by part: 'embedding', each mixer's kind, 'ffn', 'norm', 'head'."""
         tokens, itemsize = batch * seq_len, self.compute_dtype.itemsize
         product = 0 if self.embed_in is None else self.width * self.embed_width
-        positions = self.max_len * self.width if isinstance(self.positions, Learned) else 0
+        positions = self.places * self.width if isinstance(self.positions, Learned) else 0
         # A look-up reads one row of each table.
         used = self.embed_width + product + (self.width if positions else 0)
-        out = self.body.cost(batch, seq_len)
+        out, rows, remembered = self.body.cost(batch, seq_len), seq_len, 0
+        if self.memory is not None:
+            out = self.memory.cost(lambda length: self.body.cost(batch, length), seq_len)
+            rows, remembered = self.memory.rows(seq_len), self.memory.tokens * self.width
         if self.norm is not None:
-            out['norm'] += blocks.norm_cost(self.norm, self.width, tokens, itemsize)
+            out['norm'] += blocks.norm_cost(self.norm, self.width, batch * rows, itemsize)
         return {
             'embedding': Cost(
                 matmul=2.0 * tokens * product,
-                params=self.vocab_size * self.embed_width + product + positions,
-                params_used=used,
-                activation_bytes=tokens * self.width * itemsize,
-                state_bytes=4 * batch if self.causal else 0,
+                params=self.vocab_size * self.embed_width + product + positions + remembered,
+                params_used=used + remembered,
+                activation_bytes=batch * rows * self.width * itemsize,
+                state_bytes=(4 + remembered * itemsize) * batch if self.causal else 0,
             ),
             **out,
             'head': self._head_cost(tokens),
@@ -207,12 +222,17 @@ class TextModel(nnx.Module):
         return total(self.cost(1, 1).values()).params
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        return self._placed(self._scaled(tokens), positions)
+
+    def _scaled(self, tokens: jax.Array) -> jax.Array:
         with jax.named_scope('embedding'):
             x = self._vectors(tokens)
             if self.embed_in is not None:
                 x = self.embed_in(x)
-            if self.embed_scale != 1.0:
-                x = x * self.embed_scale
+            return x if self.embed_scale == 1.0 else x * self.embed_scale
+
+    def _placed(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        with jax.named_scope('embedding'):
             return x if self.positions is None else x + self.positions(positions)
 
     def _vectors(self, tokens: jax.Array) -> jax.Array:
@@ -229,8 +249,13 @@ class TextModel(nnx.Module):
         return self._final(x_BTD), state, aux
 
     def _final(self, x: jax.Array) -> jax.Array:
+        return self._narrowed(self._normed(x))
+
+    def _normed(self, x: jax.Array) -> jax.Array:
         with jax.named_scope('norm'):
-            x = x if self.norm is None else self.norm(x)
+            return x if self.norm is None else self.norm(x)
+
+    def _narrowed(self, x: jax.Array) -> jax.Array:
         with jax.named_scope('head'):
             return x if self.embed_out is None else self.embed_out(x)
 
