@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from effjax import models
@@ -81,6 +82,50 @@ def test_the_past_is_known_through_memory_alone(make, monkeypatch):
     monkeypatch.setattr(RecurrentMemory, 'cut', lambda self, memory, index: 0 * memory)
     moved = np.abs(hidden_of(model, changed) - hidden_of(model, tokens))[0].max(-1)
     assert np.all(moved[1:SEGMENT] > 0) and np.all(moved[SEGMENT:] == 0)
+
+
+@pytest.mark.ci
+def test_it_learns_to_remember(make_decoder, monkeypatch):
+    """A fact of the first of three segments is told in the last, by chance without a memory."""
+    length, facts = 12, 8
+    memory, model = {'tokens': 2, 'segment': 4}, {**KINDS['rope'], 'width': 32}
+    graphdef, arrays = models.split(
+        make_decoder(seq_len=length, init='lecun', memory=memory, **model)
+    )
+    optimizer = optax.adam(3e-3)
+
+    def batch(key, rows):
+        keys = jax.random.split(key)
+        x = jax.random.randint(keys[0], (rows, length), facts, 30)
+        fact = jax.random.randint(keys[1], (rows,), 0, facts)
+        return x.at[:, 1].set(fact).at[:, -1].set(30), fact
+
+    def answers(arrays, x):
+        model = models.merge(graphdef, arrays)
+        return model.logits(model(x, SeqInfo.of(*x.shape))[0][:, -1])
+
+    @jax.jit
+    def train(arrays):
+        def loss(arrays, key):
+            x, fact = batch(key, 64)
+            wrong = optax.softmax_cross_entropy_with_integer_labels(answers(arrays, x), fact)
+            return jnp.mean(wrong)
+
+        def step(carry, key):
+            arrays, moments = carry
+            slopes = jax.grad(loss)(arrays, key)
+            updates, moments = optimizer.update(slopes, moments)
+            return (optax.apply_updates(arrays, updates), moments), None
+
+        keys = jax.random.split(jax.random.key(1), 200)
+        return jax.lax.scan(step, (arrays, optimizer.init(arrays)), keys)[0][0]
+
+    arrays = train(arrays)
+    x, fact = batch(jax.random.key(9), 512)
+    right = lambda: float(jnp.mean(jnp.argmax(answers(arrays, x), -1) == fact))  # noqa: E731
+    assert right() > 0.95
+    monkeypatch.setattr(RecurrentMemory, 'cut', lambda self, memory, index: 0 * memory)
+    assert right() < 0.25  # 1/8 is chance
 
 
 @pytest.mark.parametrize(('truncate', 'reached'), [(None, 0), (3, 3), (2, 2), (1, 3)])
