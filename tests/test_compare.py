@@ -495,10 +495,13 @@ def test_a_study_survives_a_kill_and_a_signal(baseline, whole, tmp_path):
     assert said.splitlines()[-1] == STOPPED
     assert 'Traceback' not in said
     assert not (tmp_path / 'analysis.json').exists()
+    states = [json.loads(f.read_text())['status'] for f in tmp_path.rglob('cell.json')]
+    done = states.count('done')  # the second run too, where the signal met its very end
+    assert len(states) == 2 and 1 <= done <= 2
     process = command(argv, tmp_path)
     out, said = process.communicate()
     assert process.returncode == 0, said
-    assert '[1/3]' in said and out.startswith(whole[0]['sentence'])
+    assert f'[1/{4 - done}]' in said and out.startswith(whole[0]['sentence'])
     assert exact(found(tmp_path)) == whole
 
 
