@@ -1,7 +1,8 @@
 """Every mixer keeps the contract of `layers.mixers`, for every config of the table below.
 
 A new mixer joins by a line in `CONFIGS`. One jitted function serves several properties, since
-compiling is most of the time; rows are cut by padding, so that every cut has one shape.
+compiling is most of the time; rows are cut by padding, so that every cut has one shape. The
+properties that take longest, and further configs, are of the tier `ci`; without `--tier` all run.
 """
 
 import functools
@@ -364,6 +365,7 @@ def test_packed_equals_separate_documents(kind, config):
     chex.assert_trees_all_equal(again[SEGMENTS != 0], packed[SEGMENTS != 0])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(('kind', 'config'), STEPPING)
 def test_gradients_against_a_float64_token_loop(kind, config):
     case = case_of(kind, config)
@@ -389,6 +391,7 @@ def test_gradients_against_a_float64_token_loop(kind, config):
     chex.assert_trees_all_close(grads, jax.tree.map(np.float32, expected), atol=2e-5, rtol=2e-3)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(('kind', 'config'), WHOLE)
 def test_gradients_against_float64(kind, config):
     """Mixers without steps: against the plain implementation where there is one."""
@@ -411,6 +414,7 @@ def test_gradients_against_float64(kind, config):
     chex.assert_trees_all_close(grads, jax.tree.map(np.float32, expected), atol=2e-5, rtol=2e-3)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(('kind', 'config'), CASES)
 def test_extreme_inputs_stay_finite(kind, config):
     case = case_of(kind, config, compute='bfloat16')
@@ -427,6 +431,7 @@ def test_extreme_inputs_stay_finite(kind, config):
         assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads[0]))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(('kind', 'config'), CASES)
 def test_vmap_remat_and_scan_agree(kind, config):
     """A seed axis by vmap, a stack of layers by scan, and rematerialisation change nothing."""
@@ -456,6 +461,7 @@ def test_vmap_remat_and_scan_agree(kind, config):
     chex.assert_trees_all_close(stacked, case.forward(second, first, info), **TOLERANCE)
 
 
+@pytest.mark.ci
 class Variants(chex.TestCase):
     """With and without jit, through chex's variants."""
 
