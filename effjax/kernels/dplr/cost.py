@@ -3,6 +3,8 @@
 Plain Python: `effjax.costs` imports it without jax.
 """
 
+from effjax.kernels import halving
+
 CHUNK = 64  # tokens of a chunk unless the caller says otherwise
 LEAF = 16  # longest block whose pairs are formed one by one
 
@@ -17,18 +19,12 @@ def model_flops(batch: int, length: int, heads: int, key_dim: int, value_dim: in
 
 def chunk_size(length: int, chunk: int) -> int:
     """Tokens of a chunk that 'xla' really uses: a leaf doubled some times."""
-    size = max(1, min(chunk, length))
-    leaf = min(LEAF, size)
-    while leaf < size:
-        leaf *= 2
-    return leaf
+    return halving.whole_size(length, chunk, LEAF)
 
 
 def leaf_size(size: int) -> int:
     """Tokens of the blocks that halving a chunk of `chunk_size` ends in."""
-    while size > LEAF:
-        size //= 2
-    return size
+    return halving.leaf_size(size, LEAF)
 
 
 def executed_flops(
