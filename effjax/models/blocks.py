@@ -29,6 +29,7 @@ BLOCKS = {
     'sequential': 'effjax.models.blocks:Sequential',
     'parallel': 'effjax.models.blocks:Parallel',
     'postnorm': 'effjax.models.blocks:PostNorm',
+    'reversible': 'effjax.models.reversible:Reversible',
     'simplified': 'effjax.models.blocks:Simplified',
 }
 
@@ -37,6 +38,8 @@ EMBEDDING = 0x7FFFFFFF
 
 Apply = Callable[[jax.Array], jax.Array]
 Tree = Any
+# The residual stream, or the streams of a block that has several.
+Stream = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,15 @@ def make_part(
         raise ConfigError(_located(str(e), path)) from e
 
 
+def placed(y_BTD: Stream, like: Stream) -> Stream:
+    """Returns a block's output in the dtype of its input, laid out as the residual stream is."""
+
+    def one(y: jax.Array, x: jax.Array) -> jax.Array:
+        return constrain(y.astype(x.dtype), ('batch', 'sequence', 'embed'))
+
+    return jax.tree.map(one, y_BTD, like)
+
+
 def norm_cost(norm: nnx.Module, width: int, rows: int, itemsize: int) -> Cost:
     """Returns a norm's cost: its parameters and the input that the backward pass reads."""
     vectors = len(jax.tree.leaves(nnx.state(norm, nnx.Param)))
@@ -135,42 +147,53 @@ class Block(nnx.Module):
         self.width = ctx.width
         self.itemsize = ctx.policy.compute_dtype.itemsize
 
-    def wire(self, x: jax.Array, mix: Apply, feed: Apply) -> jax.Array:
+    def wire(self, x: Stream, mix: Apply, feed: Apply) -> Stream:
         """Returns the block's output for an input [..., D]; `feed` is None without an FFN."""
         raise NotImplementedError
 
     def __call__(
-        self, x_BTD: jax.Array, *, info: SeqInfo, state: Tree = None, return_state: bool = False
-    ) -> tuple[jax.Array, Tree, Tree]:
+        self, x_BTD: Stream, *, info: SeqInfo, state: Tree = None, return_state: bool = False
+    ) -> tuple[Stream, Tree, Tree]:
         """Returns (y [B, T, D], mixer state or None, aux by part)."""
         out: dict[str, Any] = {'state': None, 'aux': {}}
 
         def mix(h: jax.Array) -> jax.Array:
-            with jax.named_scope(self.mixer_kind):
-                y, out['state'], aux = self.mixer(
-                    h, info=info.fold(0), state=state, return_state=return_state
-                )
+            y, out['state'], aux = self.mixed(h, info, state, return_state)
             if aux:
                 out['aux']['mixer'] = aux
-            return dropout(y, self.rate, info.fold(1))
+            return y
 
         def feed(h: jax.Array) -> jax.Array:
-            with jax.named_scope('ffn'):
-                y, aux = self.ffn(h, info=info.fold(2))
+            y, aux = self.fed(h, info)
             if aux:
                 out['aux']['ffn'] = aux
-            return dropout(y, self.rate, info.fold(3))
+            return y
 
-        y = self.wire(x_BTD, mix, feed)
-        y = constrain(y.astype(x_BTD.dtype), ('batch', 'sequence', 'embed'))
+        y = placed(self.wire(x_BTD, mix, feed), x_BTD)
         return y, out['state'], out['aux']
 
+    def mixed(
+        self, h_BTD: jax.Array, info: SeqInfo, state: Tree = None, return_state: bool = False
+    ) -> tuple[jax.Array, Tree, Tree]:
+        """Returns the mixer's output behind dropout, its new state and its aux."""
+        with jax.named_scope(self.mixer_kind):
+            y, state, aux = self.mixer(
+                h_BTD, info=info.fold(0), state=state, return_state=return_state
+            )
+        return dropout(y, self.rate, info.fold(1)), state, aux
+
+    def fed(self, h_BTD: jax.Array, info: SeqInfo) -> tuple[jax.Array, Tree]:
+        """Returns the feed-forward part's output behind dropout, and its aux."""
+        with jax.named_scope('ffn'):
+            y, aux = self.ffn(h_BTD, info=info.fold(2))
+        return dropout(y, self.rate, info.fold(3)), aux
+
     def step(
-        self, x_BD: jax.Array, state: Tree, *, reset: jax.Array | None = None
-    ) -> tuple[jax.Array, Tree]:
+        self, x_BD: Stream, state: Tree, *, reset: jax.Array | None = None
+    ) -> tuple[Stream, Tree]:
         """Advances by one token; returns (y [B, D], state)."""
         out = {}
-        info = SeqInfo.of(x_BD.shape[0], 1)
+        info = SeqInfo.of(jax.tree.leaves(x_BD)[0].shape[0], 1)
 
         def mix(h: jax.Array) -> jax.Array:
             with jax.named_scope(self.mixer_kind):
@@ -181,7 +204,8 @@ class Block(nnx.Module):
             with jax.named_scope('ffn'):
                 return self.ffn(h[:, None], info=info)[0][:, 0]
 
-        return self.wire(x_BD, mix, feed).astype(x_BD.dtype), out['state']
+        y = self.wire(x_BD, mix, feed)
+        return jax.tree.map(lambda y, x: y.astype(x.dtype), y, x_BD), out['state']
 
     def init_state(self, batch: int, max_len: int, dtype: Any) -> Tree:
         """Returns the mixer's decoding state."""

@@ -20,10 +20,11 @@ from flax import nnx
 
 from effjax.core.context import Context
 from effjax.core.cost import Cost
+from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 from effjax.core.keys import branch
 from effjax.kernels import save_attention
-from effjax.models import blocks
+from effjax.models import blocks, reversible
 from effjax.models.plan import SegmentSpec
 from effjax.models.setup import Execution
 
@@ -74,6 +75,9 @@ class Segment(nnx.Module):
       share: how many consecutive repeats use one copy of the parameters; all of them is ALBERT's
         sharing (arXiv 1909.11942).
       offset: index of the segment's first block in the body, for keys.
+
+    Raises:
+      ConfigError: reversible blocks among others, or with rematerialisation.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Segment(nnx.Module):
         self.period = len(specs)
         self.unrolled = execution.unrolls(repeat * len(specs))
         self.remat = execution.remat
+        self.reversible = _reversible(specs, execution.remat)
         for i, spec in enumerate(specs):
 
             def make(r: nnx.Rngs, spec: blocks.BlockSpec = spec) -> nnx.Module:
@@ -121,6 +126,9 @@ class Segment(nnx.Module):
             )
             return x, (new, aux)
 
+        if self.reversible and state is None and not return_state:
+            x, out = self._run_reversible(x_BTD, info)
+            return x, None, out
         x, out = self._run(apply, x_BTD, state, self.remat)
         states = {name: out[name][0] for name in self.names} if return_state else None
         return x, states, {name: out[name][1] for name in self.names}
@@ -152,20 +160,68 @@ class Segment(nnx.Module):
                     cost.times(self.repeat), params=cost.params * (self.repeat // self.share)
                 )
                 out[part] = out.get(part, Cost()) + all_repeats
-        return out
+        return self._kept(out, batch * seq_len) if self.reversible else out
+
+    def _kept(self, costs: dict[str, Cost], tokens: int) -> dict[str, Cost]:
+        """Costs of reversible blocks, which keep nothing but the two streams at their end."""
+        block = self.slot(self.names[0])
+        streams = 2.0 * tokens * block.width * max(4, block.itemsize)
+        kept = dict.fromkeys(costs, 0.0) | {'norm': streams}
+        return {
+            part: dataclasses.replace(cost, activation_bytes=kept[part])
+            for part, cost in costs.items()
+        }
 
     def _run(self, apply: Callable[..., Any], x: jax.Array, state: Tree, remat: str):
         """Runs `apply(block, x, state, layer) -> (x, out)` over slots and repeats."""
+        graphdefs, params = self._split()
+        if not self.reversible:
+            return self._run_with(apply, graphdefs, params, x, state, remat)
+        streams = reversible.opened(x)
+        streams, out = self._run_with(apply, graphdefs, params, streams, state, 'none')
+        return reversible.closed(streams, x.dtype), out
+
+    def _run_reversible(self, x: jax.Array, info: SeqInfo) -> tuple[jax.Array, Tree]:
+        """The whole segment with the gradient rule of `models.reversible`; returns (y, aux)."""
+        graphdefs, params = self._split()
+
+        def forward(params: Tree, streams: Any, info: SeqInfo) -> tuple[Any, Tree]:
+            def apply(block: blocks.Block, x: Any, state: Tree, layer: jax.Array):
+                del state
+                x, _, aux = block(x, info=info.fold(layer))
+                return x, aux
+
+            return self._run_with(apply, graphdefs, params, streams, None, 'none')
+
+        copies = self.repeat // self.share
+        layout = reversible.Layout(graphdefs, self._layer, copies, self.share, self.unrolled)
+        streams, aux = reversible.run(forward, layout, params, reversible.opened(x), info)
+        return reversible.closed(streams, x.dtype), aux
+
+    def _split(self) -> tuple[Tree, Tree]:
+        """Returns (structures, arrays), both by slot."""
         split = {name: nnx.split(self.slot(name)) for name in self.names}
         graphdefs = {name: graphdef for name, (graphdef, _) in split.items()}
-        params = {name: nnx.to_pure_dict(variables) for name, (_, variables) in split.items()}
+        return graphdefs, {name: nnx.to_pure_dict(arrays) for name, (_, arrays) in split.items()}
 
-        def period(x: jax.Array, weights: Tree, states: Tree, repeat: jax.Array):
+    def _layer(self, repeat: jax.Array, place: int) -> jax.Array:
+        """Index in the body of a block of the period, which keys are folded by."""
+        return self.offset + repeat * self.period + place
+
+    def _run_with(
+        self,
+        apply: Callable[..., Any],
+        graphdefs: Tree,
+        params: Tree,
+        x: Any,
+        state: Tree,
+        remat: str,
+    ):
+        def period(x: Any, weights: Tree, states: Tree, repeat: jax.Array):
             out = {}
             for i, name in enumerate(graphdefs):
                 block = nnx.merge(graphdefs[name], weights[name])
-                layer = self.offset + repeat * self.period + i
-                x, out[name] = apply(block, x, states[name], layer)
+                x, out[name] = apply(block, x, states[name], self._layer(repeat, i))
             return x, out
 
         if remat != 'none':
@@ -175,7 +231,7 @@ class Segment(nnx.Module):
             state = dict.fromkeys(self.names)
         return self._scan(period, x, params, state)
 
-    def _scan(self, period: Callable[..., Any], x: jax.Array, params: Tree, state: Tree):
+    def _scan(self, period: Callable[..., Any], x: Any, params: Tree, state: Tree):
         """Scans over copies of the parameters and, within each, over the repeats sharing it."""
         copies, share = self.repeat // self.share, self.share
         index = jnp.arange(self.repeat, dtype=jnp.int32)
@@ -282,10 +338,29 @@ class Body(nnx.Module):
                 'repeat': s.repeat,
                 'share': s.share,
                 'layers': 'unroll' if s.unrolled else 'scan',
-                'remat': s.remat,
+                'remat': 'reversible' if s.reversible else s.remat,
             }
             for name, s in segments
         )
+
+
+def _reversible(specs: Sequence[blocks.BlockSpec], remat: str) -> bool:
+    """Says whether a period's blocks are reversible; all of them are, or none."""
+    kinds = {spec.block for spec in specs}
+    if 'reversible' not in kinds:
+        return False
+    if len(kinds) > 1:
+        others = ', '.join(sorted(kinds - {'reversible'}))
+        raise ConfigError(
+            f"{specs[0].path}.block: 'reversible' blocks carry two streams, and {others} ones do "
+            'not; put them in a segment of their own.'
+        )
+    if remat != 'none':
+        raise ConfigError(
+            f"config.execution.remat: '{remat}' saves inputs of blocks, which 'reversible' blocks "
+            "make again from their outputs; leave remat at 'none', or use block 'sequential'."
+        )
+    return True
 
 
 def metrics(aux: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
