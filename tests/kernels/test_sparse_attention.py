@@ -150,6 +150,68 @@ def test_documents_are_masked_by_their_own_places(spec, form, monkeypatch):
     assert not np.any(got[:, start:])
 
 
+PACKED = {
+    **{name: spec for name, spec in SPECS.items() if spec.packed() is not None},
+    'rows alone': MaskSpec(False, segment=7),
+    'columns alone': MaskSpec(False, stride=7),
+    'causal table': MaskSpec(segment=9, global_tokens=2),
+    'near blocks': MaskSpec(False, 2, block=4),
+}
+
+
+FEW = ('causal longformer', 'causal longnet', 'columns alone')
+
+
+@pytest.mark.parametrize(
+    'spec',
+    [
+        pytest.param(spec, id=name, marks=() if name in FEW else pytest.mark.ci)
+        for name, spec in PACKED.items()
+    ],
+)
+def test_packed_rows_are_gathered(spec):
+    """Values, gradients and FLOPs; the plan is the row's, what is allowed each document's."""
+    lengths = [101, 3, 150, 40]
+    row = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(26, int)])
+    ids = jnp.asarray([row, np.where(np.arange(320) < 199, 1, 2)])
+    q, k, v = inputs(320)
+    weight = jnp.sin(jnp.arange(q.size).reshape(q.shape))
+
+    def run(implementation):
+        f = lambda *a: attention(*a, mask=spec, segment_ids=ids, implementation=implementation)  # noqa: E731
+        loss = lambda *a: (jnp.sum(f(*a) * weight), f(*a))  # noqa: E731
+        return jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    (_, o), grads = run('xla')
+    assert last_choice('attention')['form'] == 'gather'
+    (_, expected), expected_grads = run('reference')
+    np.testing.assert_allclose(o, expected, atol=2e-6)
+    for got, wanted in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
+    program = lambda *a: attention(*a, mask=spec, segment_ids=ids, implementation='xla')  # noqa: E731
+    executed = cost.executed_flops('xla', 2, 320, 4, 3, mask='sparse', spec=spec, packed=True)
+    assert walk(program, q, k, v).total == executed
+    # Longer rows: a small part of the pairs, but for columns, which are T / 7 long.
+    share = cost.executed_pairs('xla', 4096, mask='sparse', spec=spec, packed=True) / 4096**2
+    assert share < (0.3 if spec.stride == 7 else 0.03)
+
+
+def test_what_depends_on_a_documents_place_alone_is_not_gathered():
+    """Random blocks, last tokens, tokens that see all, and many global tokens."""
+    for spec in (
+        SPECS['bigbird'], SPECS['causal bigbird'], SPECS['longformer'], SPECS['rows'],
+        MaskSpec(True, 5, global_tokens=64), MaskSpec(False, 2, block=4, last_tokens=4), MaskSpec(),
+    ):  # fmt: skip
+        assert spec.packed() is None
+    mask = SPECS['longformer']
+    executed = cost.executed_pairs('xla', 2048, mask='sparse', spec=mask, packed=True)
+    assert executed == 2048**2 > 10 * cost.executed_pairs('xla', 2048, mask='sparse', spec=mask)
+    causal = cost.executed_pairs(
+        'xla', 2048, mask='sparse', spec=SPECS['causal bigbird'], packed=True
+    )
+    assert causal == 10 * cost.BLOCK**2  # what lies ahead in the row is never scored
+
+
 @pytest.mark.parametrize('implementation', ['reference', 'xla'])
 def test_branches_are_mixed_by_their_denominators(implementation):
     """LongNet's equation: outputs of dilated attentions, weighed by their softmax's sums."""
@@ -164,6 +226,19 @@ def test_branches_are_mixed_by_their_denominators(implementation):
         *(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask=spec, implementation=implementation
     )
     np.testing.assert_allclose(got, outputs / total[..., None, None], atol=2e-6)
+
+
+@pytest.mark.parametrize('spec', [*ONE.values(), *SPECS['causal longnet'].branches])
+def test_reach_bounds_what_is_near(spec):
+    """Beside globals nobody sees further, and somebody sees as far as blocks and strides let."""
+    if spec.reach is None:
+        assert spec.random or (spec.stride and not spec.window and not spec.segment)
+        return
+    dense = spec.dense(60)
+    first, last = spec.global_tokens, 60 - spec.last_tokens
+    i, j = np.nonzero(dense[first:last, first:last])
+    furthest = np.max(np.abs(i - j))
+    assert furthest < spec.reach <= furthest + max(1, spec.stride or 1)
 
 
 def test_masks_by_head():

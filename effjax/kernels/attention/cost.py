@@ -42,6 +42,7 @@ def strategy(
     window: int | None,
     positions: bool,
     spec: MaskSpec | None = None,
+    packed: bool = False,
 ) -> str:
     """Which form 'xla' takes.
 
@@ -55,10 +56,13 @@ def strategy(
       window: width of the sliding window, or None.
       positions: True where order is given by arrays, so that no block can be left out.
       spec: the sparse mask.
+      packed: the arrays of a sparse mask are places in documents packed into rows.
     """
-    planned = spec is not None and not positions and q_len == kv_len
-    if spec is not None and planned and 2 * planned_pairs(spec, q_len) < q_len**2:
-        return 'gather'
+    if spec is not None and q_len == kv_len:
+        by_place = positions and packed
+        planned = spec.packed() is not None if by_place else not positions
+        if planned and 2 * planned_pairs(spec, q_len, packed=by_place) < q_len**2:
+            return 'gather'
     by_index = mask == 'causal' and not positions and q_len == kv_len
     if by_index and window is not None and 2 * band_block(window) < q_len:
         return 'band'
@@ -96,21 +100,25 @@ def executed_pairs(
     mask: str = 'causal',
     window: int | None = None,
     spec: MaskSpec | None = None,
+    packed: bool = False,
 ) -> float:
     """Pairs a head and row that an implementation really scores, masked ones included.
 
     'cudnn' and 'splash' skip what the mask excludes but for the diagonal's blocks: they are
-    booked at the allowed pairs.
+    booked at the allowed pairs. `packed` is of rows of several documents.
     """
     kv_len = q_len if kv_len is None else kv_len
     if implementation in ('cudnn', 'splash'):
         return pairs(q_len, kv_len, mask=mask, window=window)
     if implementation == 'reference':
         return q_len * kv_len
-    form = strategy(q_len, kv_len, mask=mask, window=window, positions=False, spec=spec)
+    packed = packed and spec is not None and spec.absolute
+    form = strategy(
+        q_len, kv_len, mask=mask, window=window, positions=packed, spec=spec, packed=packed
+    )
     if form == 'gather':
         assert spec is not None
-        return planned_pairs(spec, q_len)
+        return planned_pairs(spec, q_len, packed=packed)
     if form == 'dense':
         return q_len * kv_len
     if form == 'band':
@@ -132,7 +140,10 @@ def executed_flops(
     mask: str = 'causal',
     window: int | None = None,
     spec: MaskSpec | None = None,
+    packed: bool = False,
 ) -> float:
     """FLOPs of the forward products that an implementation really executes."""
-    scored = executed_pairs(implementation, q_len, kv_len, mask=mask, window=window, spec=spec)
+    scored = executed_pairs(
+        implementation, q_len, kv_len, mask=mask, window=window, spec=spec, packed=packed
+    )
     return attention_flops(batch, heads, head_dim, scored)

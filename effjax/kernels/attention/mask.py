@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 SMALLEST, LARGEST = 16, 128  # tokens of a block that `plan` makes, where the mask names none
+FEW = 16  # global tokens of a document that each query gathers for itself in a packed row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,40 @@ class MaskSpec:
         """Whether a document's length matters."""
         alone = self.last_tokens or (self.random and not self.causal)
         return bool(alone) or any(branch.ahead for branch in self.branches)
+
+    @property
+    def reach(self) -> int | None:
+        """Near pairs are all less than this apart; None: some are further apart than that."""
+        if self.branches:
+            each = [branch.reach for branch in self.branches]
+            return None if None in each else max(reach or 0 for reach in each)
+        if self.random:
+            return None
+        limits = [self.window * (self.block or 1)] if self.window else []
+        limits += [self.segment] if self.segment else []
+        nothing_near = self.stride is None and (self.global_tokens or self.last_tokens)
+        return min(limits, default=0 if nothing_near else None)
+
+    def packed(self) -> 'MaskSpec | None':
+        """Returns a mask by places in a row that holds the near pairs of its documents, or None.
+
+        Documents begin anywhere, so that a row's plan can rest on distances only: a pair of one
+        segment is less than a segment apart, whoever begins it. None where distances say nothing,
+        and where the mask names tokens by their place in a document in a way that no static plan
+        can find: random blocks, last tokens, and tokens that see all, whose number in a row grows
+        with that of its documents. First tokens that are only seen are not part of the returned
+        mask: a query finds those of its document by its own place (at most `FEW`).
+        """
+        if self.branches:
+            each = [branch.packed() for branch in self.branches]
+            found = tuple(branch for branch in each if branch is not None)
+            return MaskSpec(self.causal, branches=found) if len(found) == len(each) else None
+        see_all = self.last_tokens or (self.global_tokens and not self.causal)
+        if self.random or see_all or self.global_tokens > FEW:
+            return None
+        if self.reach is None:
+            return None if self.stride is None else MaskSpec(self.causal, stride=self.stride)
+        return MaskSpec(self.causal, max(1, self.reach), stride=self.stride)
 
     def allowed(self, i: Any, j: Any, length: Any = None) -> Any:
         """Returns which pairs may attend, bool, of places that broadcast against each other.
@@ -260,9 +295,23 @@ def _near_range(spec: MaskSpec, i: np.ndarray, length: int) -> tuple[np.ndarray,
     return i - (i - low) // step * step, i + (high - i) // step * step
 
 
-def scored(spec: MaskSpec, length: int) -> int:
-    """Returns how many pairs the plans of a mask's branches score."""
-    return sum(plan(branch, length).scored for branch in spec.branches or (spec,))
+def scored(spec: MaskSpec, length: int, *, packed: bool = False) -> int:
+    """Returns how many pairs the plans of a mask's branches score.
+
+    Args:
+      spec: the mask.
+      length: tokens of a row.
+      packed: rows hold several documents, in whose places the mask is said, and `spec.packed()`
+        is not None.
+    """
+    if not packed:
+        return sum(plan(branch, length).scored for branch in spec.branches or (spec,))
+    total = 0
+    for branch in spec.branches or (spec,):
+        by_row = branch.packed()
+        assert by_row is not None
+        total += plan(by_row, length).scored + branch.global_tokens * length
+    return total
 
 
 @functools.lru_cache(maxsize=64)

@@ -47,7 +47,8 @@ def attention(
         back in a row once another has followed it. None: one document a row.
       kv_segment_ids: int32 [B, S]; None means `segment_ids`.
       q_positions: int32 [B, T], places in order that replace the index in a causal mask; in a
-        sparse one places in the document, which follow from `segment_ids` where they are not given.
+        sparse one places in the document, which follow from `segment_ids` where they are not given,
+        and step by one along the row where `kv_segment_ids` are not given.
       kv_positions: int32 [B, S]; given together with `q_positions`.
       scale: factor on the scores; None means 1 / sqrt(D).
       soft_cap: scores become cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118).
@@ -154,7 +155,7 @@ def _problem(
     check_ids('kv_segment_ids', kv_segment_ids, (batch, kv_len))
     check_ids('q_positions', q_positions, (batch, q_len))
     check_ids('kv_positions', kv_positions, (batch, kv_len))
-    lengths, ordered = None, q_positions is None
+    lengths = None
     if spec is not None and spec.branches and soft_cap is not None:
         raise ValueError('attention: a mask of branches takes no soft cap.')
     if spec is not None:
@@ -177,7 +178,7 @@ def _problem(
         soft_cap=None if soft_cap is None else float(soft_cap),
         dropout=float(dropout),
         spec=spec,
-        ordered=ordered,
+        packed=spec is not None and shared and q_positions is not None,
     )
     extras = Extras(segment_ids, kv_segment_ids, q_positions, kv_positions, array, lengths, rng)
     return problem, extras
@@ -192,7 +193,9 @@ def _places(
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     """Places of queries and keys in their documents, and lengths; None where indices serve."""
     ahead = spec.ahead
-    if ids is not None and spec.absolute:
+    if ids is not None and not spec.absolute:
+        return None, None, None  # distances are the same in the row and in the document
+    if ids is not None:
         if spec.table is not None:
             raise ValueError('attention: a mask with a table of blocks takes no documents.')
         same = jnp.concatenate([ids[:, :1] * 0, ids[:, 1:] - ids[:, :-1]], axis=1) == 0

@@ -24,7 +24,8 @@ class Problem:
       soft_cap: scores become cap * tanh(score / cap), or None.
       dropout: rate at which attention weights are dropped.
       spec: the mask in words, where it is 'sparse'.
-      ordered: positions, where a sparse mask has them, grow along a row within a document.
+      packed: positions, where a sparse mask has them, are places in documents that are packed into
+        rows: they step by one from token to token.
     """
 
     shape: tuple[int, int, int, int, int, int]
@@ -38,7 +39,7 @@ class Problem:
     soft_cap: float | None
     dropout: float
     spec: MaskSpec | None = None
-    ordered: bool = True
+    packed: bool = False
 
     @property
     def may_be_empty(self) -> bool:

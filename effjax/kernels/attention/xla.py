@@ -5,7 +5,9 @@ Four forms, by `cost.strategy`:
   band: with a sliding window, each block of queries against its own and the previous block of
     keys, so that T x T is never formed;
   gather: with a sparse mask, each block of queries against the blocks of keys that its plan names
-    (`mask.plan`), and the few queries that see all against all;
+    (`mask.plan`), and the few queries that see all against all; in rows of several documents the
+    plan holds what any of them may need (`MaskSpec.packed`), the mask cuts it down to what each
+    allows, and each query gathers its document's global tokens for itself;
   blocks: long sequences as a scan over the (query, key) block pairs that the mask allows, with a
     running softmax; the backward pass recomputes the probabilities from the log-sum-exp
     (Rabe and Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135).
@@ -45,6 +47,7 @@ def form(problem: Problem) -> str:
         window=problem.window,
         positions=problem.positions,
         spec=problem.spec,
+        packed=problem.packed,
     )
 
 
@@ -176,10 +179,15 @@ def _gather(
         rng = None if extras.rng is None else jax.random.fold_in(extras.rng, n)
         one = dataclasses.replace(problem, spec=branch)
         parts.append(run(one, dataclasses.replace(extras, rng=rng), q, k, v))
-    # Each branch weighs as much as the denominator of its softmax.
-    weights = jax.nn.softmax(jnp.stack([lse for _, lse in parts]), axis=0)
-    total = sum(w[..., None] * o for w, (o, _) in zip(weights, parts, strict=True))
-    return jnp.asarray(total).astype(q.dtype)
+    return _joined(parts)[0].astype(q.dtype)
+
+
+def _joined(parts: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """One softmax of several over other keys: each weighs as much as its denominator."""
+    lse = jnp.stack([lse for _, lse in parts])
+    weights = jax.nn.softmax(lse, axis=0)
+    outputs = [w[..., None] * o for w, (o, _) in zip(weights, parts, strict=True)]
+    return sum(outputs[1:], outputs[0]), jax.nn.logsumexp(lse, axis=0)
 
 
 def _gathered(
@@ -187,7 +195,9 @@ def _gathered(
 ) -> tuple[jax.Array, jax.Array]:
     """The output [B, T, G, R, D], and the log of the softmax's denominator [B, T, G, R]."""
     assert problem.spec is not None
-    made, length = mask_plan(problem.spec, q.shape[1]), q.shape[1]
+    by_row = problem.spec.packed() if problem.positions else problem.spec
+    assert by_row is not None
+    made, length = mask_plan(by_row, q.shape[1]), q.shape[1]
     n, size = len(made.table), len(made.order) // len(made.table)
     blocks = np.where(made.table >= 0, made.table, 0)
     q_index = made.order.reshape(n, size)
@@ -209,9 +219,15 @@ def _gathered(
     if problem.segments:
         assert extras.q_segments is not None and extras.kv_segments is not None
         blocked = Extras(queries(extras.q_segments), keys(extras.kv_segments))
+    if problem.positions:
+        assert extras.q_positions is not None and extras.kv_positions is not None
+        places = queries(extras.q_positions), keys(extras.kv_positions)
+        blocked = dataclasses.replace(blocked, q_positions=places[0], kv_positions=places[1])
     mask = allowed(problem, blocked, jnp.asarray(q_index), jnp.asarray(kv_index))
     assert mask is not None
     mask &= (kv_index >= 0)[:, None, :]
+    if problem.positions:  # global tokens are read apart
+        mask &= (places[1] >= problem.spec.global_tokens)[..., None, :]
     parts = (queries(q), keys(k), keys(v), mask[..., None, None, :, :])
     found = np.flatnonzero(made.order >= 0)
     back = np.full(length, n * size)  # one past the end, for tokens that the plan leaves out
@@ -223,12 +239,33 @@ def _gathered(
 
     o, lse = _with_lse(problem, extras.rng, *parts)
     o, lse = to_tokens(o, 0.0), to_tokens(lse, _masked(lse.dtype))
+    if problem.positions and problem.spec.global_tokens:
+        return _joined([(o, lse), _first_tokens(problem, extras, q, k, v)])
     if not len(made.rows):
         return o, lse
     rng = None if extras.rng is None else jax.random.fold_in(extras.rng, 1)
     # Documents never come here: with them, who sees all depends on where they begin.
     own, own_lse = _with_lse(problem, rng, q[:, made.rows], k, v, None)
     return o.at[:, made.rows].set(own), lse.at[:, made.rows].set(own_lse)
+
+
+def _first_tokens(
+    problem: Problem, extras: Extras, q: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """As `_gathered`: each query of a packed row against its own document's global tokens."""
+    assert problem.spec is not None and extras.q_segments is not None
+    ids, place = extras.q_segments, extras.q_positions
+    assert place is not None
+    number, row = jnp.arange(problem.spec.global_tokens), jnp.arange(q.shape[1])
+    index = (row - place)[..., None] + number  # [B, T, global tokens]
+    safe = jnp.clip(index, 0, q.shape[1] - 1)
+    pick = jax.vmap(lambda x, at: x[at])
+    mask = (index == safe) & (index <= row[:, None])  # a causal mask: the others see no globals
+    mask &= (pick(ids, safe) == ids[..., None]) & (pick(place, safe) == number)
+    rng = None if extras.rng is None else jax.random.fold_in(extras.rng, 2)
+    scored = (q[:, :, None], pick(k, safe), pick(v, safe), mask[:, :, None, None, None])
+    o, lse = _with_lse(problem, rng, *scored)
+    return o[:, :, 0], lse[:, :, 0]
 
 
 def _blocks(problem: Problem, extras: Extras, *qkv: jax.Array) -> jax.Array:
@@ -323,7 +360,7 @@ blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
 def _pairs(problem: Problem, block: int) -> tuple[jax.Array, jax.Array]:
     _, q_len, kv_len, *_ = problem.shape
     mask, positions, spec = problem.mask, problem.positions, problem.spec
-    if spec is not None and spec.causal and problem.ordered:
+    if spec is not None and spec.causal and problem.packed:
         mask, positions = 'causal', False  # places grow along the row within a document
     found = cost.block_pairs(
         q_len, kv_len, block=block, mask=mask, window=problem.window, positions=positions

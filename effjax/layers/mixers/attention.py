@@ -13,8 +13,9 @@ from effjax.core.cost import Cost, matmul_flops
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo, Source
 from effjax.core.keys import branch
-from effjax.kernels import attention
+from effjax.kernels import MaskSpec, attention
 from effjax.kernels.attention.cost import attention_flops, pairs
+from effjax.kernels.attention.mask import pairs as pairs_of
 from effjax.kernels.choice import platform
 from effjax.layers.linear import Projection, initializer
 from effjax.layers.mixers import cache as kv
@@ -37,7 +38,8 @@ class Attention(nnx.Module):
       heads: query heads H.
       kv_heads: key-value heads G, a divisor of H; None means H.
       head_dim: dimensions of a head; None means width / heads.
-      window: a token sees itself and the window - 1 tokens before it; None means all.
+      window: a token sees itself and the window - 1 tokens before it; where the model looks both
+        ways, the window - 1 behind it too, |i - j| < window; None means all.
       qk_norm: RMSNorm over each head of queries and keys (arXiv 2302.05442).
       soft_cap: scores become cap * tanh(score / cap); None leaves them.
       bias: whether projections carry a bias; None asks the model.
@@ -191,7 +193,16 @@ class Attention(nnx.Module):
 
     def _scored(self, seq_len: int) -> float:
         """Pairs that a head scores, on average over the heads."""
-        return pairs(seq_len, mask='causal' if self.causal else 'full', window=self.window)
+        mask, window = self._mask()
+        if isinstance(mask, MaskSpec):
+            return pairs_of(mask, seq_len)
+        return pairs(seq_len, mask=mask, window=window)
+
+    def _mask(self) -> tuple[str | MaskSpec, int | None]:
+        """The kernel's mask and window."""
+        if self.causal:
+            return 'causal', self.window
+        return 'full' if self.window is None else MaskSpec(False, self.window), None
 
     def _slots(self, max_len: int) -> int:
         return max_len if self.window is None else min(self.window, max_len)
@@ -220,6 +231,7 @@ class Attention(nnx.Module):
     def _parallel(self, q: jax.Array, k: jax.Array, v: jax.Array, info: SeqInfo) -> jax.Array:
         dropout = self.attention_dropout if info.train else 0.0
         mesh, implementation = auto_axes(), self.implementation
+        mask, window = self._mask()
         if 'sequence' in mesh and implementation is None:
             implementation = 'xla'  # the only one that XLA can partition along the sequence
 
@@ -228,8 +240,8 @@ class Attention(nnx.Module):
                 q,
                 k,
                 v,
-                mask='causal' if self.causal else 'full',
-                window=self.window,
+                mask=mask,
+                window=window,
                 segment_ids=ids,
                 soft_cap=self.soft_cap,
                 dropout=dropout,
@@ -375,7 +387,5 @@ def _check(
         raise ConfigError(f'attention: head_dim must be at least 1, got {head_dim}.')
     if window is not None and window < 1:
         raise ConfigError(f'attention: window must be at least 1, got {window}.')
-    if window is not None and not ctx.causal:
-        raise ConfigError('attention: a window needs a causal model; leave window at None.')
     if not 0 <= dropout < 1:
         raise ConfigError(f'attention: attention_dropout must be in [0, 1), got {dropout}.')

@@ -3,7 +3,8 @@
 Rows may hold different numbers of tokens: padding is not stored, so that the tokens of a row lie
 one after another in the order they came, and a row's current document is the last stretch of
 them. The cache is a dict:
-  key, value: [B, S, G, D]; token number n lies in slot n, or n modulo S in a ring (a window);
+  key, value: [B, S, G, D]; token number n lies in slot n, or n modulo S in a ring (a window); in a
+    ring behind `first` slots, these hold the current document's first tokens;
   count: int32 [B], tokens stored so far;
   start: int32 [B], number of the current document's first token;
   segment: int32 [B], the current document's id, 0 before the first token;
@@ -57,47 +58,61 @@ def numbers(cache: Cache, segment_ids: jax.Array) -> jax.Array:
     return cache['count'][:, None] + jnp.cumsum(real, axis=1) - 1
 
 
-def slots(cache: Cache, *, ring: bool) -> tuple[jax.Array, jax.Array]:
+def slots(cache: Cache, *, ring: bool, first: int = 0) -> tuple[jax.Array, jax.Array]:
     """Returns each slot's token number and document, both [B, S]; 0 where it may not be read.
 
-    Slots of earlier documents read as padding.
+    Slots of earlier documents read as padding, and so does the ring's copy of a token that the
+    `first` slots hold.
     """
-    size = cache['key'].shape[1]
-    last = cache['count'][:, None] - 1
+    size = cache['key'].shape[1] - first
+    start, last = cache['start'][:, None], cache['count'][:, None] - 1
     slot = jnp.arange(size)[None]
     number = last - (last - slot) % size if ring else jnp.broadcast_to(slot, (len(last), size))
-    live = (number >= cache['start'][:, None]) & (number <= last)
+    live = (number >= start + first) & (number <= last)
+    if first:
+        front = start + jnp.arange(first)
+        number = jnp.concatenate([front, number], axis=1)
+        live = jnp.concatenate([front <= last, live], axis=1)
     return number, jnp.where(live, cache['segment'][:, None], 0)
 
 
-def extend(cache: Cache, key: jax.Array, value: jax.Array, info: SeqInfo, *, ring: bool) -> Cache:
+def extend(
+    cache: Cache, key: jax.Array, value: jax.Array, info: SeqInfo, *, ring: bool, first: int = 0
+) -> Cache:
     """Returns the cache after new tokens with keys and values [B, T, G, D].
 
-    Tokens beyond the last slot of a full cache are not stored; of a ring, the oldest give way.
+    Tokens beyond the last slot of a full cache are not stored; of a ring, the oldest give way,
+    but for the current document's `first` ones.
     """
     segment_ids = segments(cache, info)
     number = numbers(cache, segment_ids)
     real = segment_ids != 0
-    size = cache['key'].shape[1]
+    whole = cache['key'].shape[1]
+    size = whole - first
     count = cache['count'] + jnp.sum(real, axis=1, dtype=jnp.int32)
-    if ring:  # two tokens must not write one slot: their order would be undefined
-        slot = jnp.where(real & (number >= count[:, None] - size), number % size, size)
-    else:
-        slot = jnp.where(real, number, size)
-    row = jnp.arange(key.shape[0])[:, None]
-
-    def write(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[row, slot].set(new.astype(old.dtype), mode='drop')
-
     some, last = last_real(segment_ids)
     segment = jnp.where(some, _at(segment_ids, last), cache['segment'])
     far = jnp.iinfo(jnp.int32).max
-    first = jnp.min(jnp.where(segment_ids == segment[:, None], number, far), axis=1)
+    begin = jnp.min(jnp.where(segment_ids == segment[:, None], number, far), axis=1)
+    start = jnp.where(segment == cache['segment'], cache['start'], begin)
+    if ring:  # two tokens must not write one slot: their order would be undefined
+        slot = jnp.where(real & (number >= count[:, None] - size), first + number % size, whole)
+    else:
+        slot = jnp.where(real, number, whole)
+    place = number - start[:, None]
+    front = jnp.where((segment_ids == segment[:, None]) & real & (place < first), place, whole)
+    row = jnp.arange(key.shape[0])[:, None]
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        new = new.astype(old.dtype)
+        out = old.at[row, slot].set(new, mode='drop')
+        return out.at[row, front].set(new, mode='drop') if first else out
+
     return {
         'key': write(cache['key'], key),
         'value': write(cache['value'], value),
         'count': count,
-        'start': jnp.where(segment == cache['segment'], cache['start'], first),
+        'start': start,
         'segment': segment,
         'position': jnp.where(some, _at(info.positions, last), cache['position']),
     }

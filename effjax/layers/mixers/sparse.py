@@ -19,9 +19,16 @@ class SparseAttention(Attention):
     """Attention whose mask is a `MaskSpec` a head, in places of a document.
 
     A subclass gives its `name`, sets what its masks need, and defines `mask`. Rows of one document
-    gather blocks of keys, so that T x T is never formed; rows of several are exact too, but over
-    1024 tokens their pairs of blocks are gone through one after another, at full attention's
-    compute. Decoding keeps the whole cache, and reads of it what the mask allows.
+    gather blocks of keys, so that T x T is never formed. Rows of several do the same where masks
+    are made of distances: windows, segments, strides, and at most 16 first tokens that are seen by
+    all but, in a causal model, see nothing ahead. Where tokens are named by their place in a
+    document (random blocks; tokens that see all; last tokens) they lie anywhere in a packed row, as
+    many as it has documents, so that no plan of fixed size can name them: such rows are exact too,
+    but over 1024 tokens their pairs of blocks are gone through one after another, at full
+    attention's compute.
+
+    Decoding keeps the document's global tokens and as many of the newest as a mask reaches back;
+    the whole cache where it reaches back without end (random blocks, columns).
     """
 
     supports = frozenset({'packing', 'stepping', 'bidirectional'})
@@ -57,6 +64,27 @@ class SparseAttention(Attention):
     def _scored(self, seq_len: int) -> float:
         return sum(pairs(mask, seq_len) for mask in self.mask()) / self.heads
 
+    def _kept(self) -> tuple[int, int] | None:
+        """First tokens of a document and newest ones that decoding needs; None: all tokens."""
+        masks = self.mask()
+        reaches = [mask.reach for mask in masks]
+        if None in reaches:
+            return None
+        branches = [branch for mask in masks for branch in mask.branches or (mask,)]
+        first = max(branch.global_tokens for branch in branches)
+        return first, max(1, *(reach or 0 for reach in reaches))
+
+    def _slots(self, max_len: int) -> int:
+        kept = self._kept()
+        return max_len if kept is None else min(max_len, sum(kept))
+
+    def _layout(self, state: State) -> dict[str, Any]:
+        """How the state's cache lies: as a ring, unless it has room for all tokens."""
+        kept = self._kept()
+        if kept is None or state['key'].shape[1] < sum(kept):
+            return {'ring': False}
+        return {'ring': True, 'first': kept[0]}
+
     def _parallel(self, q: jax.Array, k: jax.Array, v: jax.Array, info: SeqInfo) -> jax.Array:
         dropout = self.attention_dropout if info.train else 0.0
         places = None if info.segment_ids is None else info.positions
@@ -73,12 +101,16 @@ class SparseAttention(Attention):
             implementation=self.implementation,
         )
 
+    def _first_state(self, k: jax.Array, v: jax.Array, info: SeqInfo) -> State:
+        state = self.init_state(k.shape[0], self.max_len, k.dtype)
+        return kv.extend(state, k, v, info, **self._layout(state))
+
     def _continue(
         self, q: jax.Array, k: jax.Array, v: jax.Array, info: SeqInfo, state: State
     ) -> tuple[jax.Array, State]:
         """New tokens attend to the cache and to each other, then enter the cache."""
         ids = kv.segments(state, info)
-        number, old_ids = kv.slots(state, ring=False)
+        number, old_ids = kv.slots(state, **self._layout(state))
         old = (old_ids, number - state['start'][:, None])
         key, value, kv_ids, place = (
             jnp.concatenate([a.astype(b.dtype), b], axis=1)
@@ -87,15 +119,15 @@ class SparseAttention(Attention):
             )
         )
         o = self._placed(q, key, value, (ids, info.positions), (kv_ids, place))
-        return o, kv.extend(state, k, v, info, ring=False)
+        return o, kv.extend(state, k, v, info, **self._layout(state))
 
     def _advance(
         self, q: jax.Array, k: jax.Array, v: jax.Array, info: SeqInfo, state: State
     ) -> tuple[jax.Array, State]:
         """One token enters the cache, then attends to it."""
-        state = kv.extend(state, k, v, info, ring=False)
+        state = kv.extend(state, k, v, info, **self._layout(state))
         key, value = (state[name].astype(q.dtype) for name in ('key', 'value'))
-        number, ids = kv.slots(state, ring=False)
+        number, ids = kv.slots(state, **self._layout(state))
         start = state['start'][:, None]
         now = (state['segment'][:, None], state['count'][:, None] - 1 - start)
         return self._placed(q, key, value, now, (ids, number - start)), state

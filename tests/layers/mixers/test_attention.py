@@ -15,7 +15,7 @@ from effjax.core.info import SeqInfo, Source
 from effjax.core.policy import Policy
 from effjax.core.trees import nbytes
 from effjax.costs import walk
-from effjax.kernels import last_choice
+from effjax.kernels import MaskSpec, attention, last_choice
 from effjax.kernels.attention.cost import executed_flops
 from effjax.layers.mixers.attention import Attention
 
@@ -131,6 +131,43 @@ def test_a_ring_of_the_windows_size_is_enough():
     np.testing.assert_allclose(ys.swapaxes(0, 1), mixer(x, info=info)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    'window',
+    [5, 400, pytest.param(1, marks=pytest.mark.ci), pytest.param(40, marks=pytest.mark.ci)],
+)
+def test_a_window_to_both_sides_is_the_dense_mask(window):
+    """|i - j| < window in each document, with grouped heads; long rows gather blocks of keys."""
+    mixer = make(context(positions='rope', causal=False), heads=4, kv_heads=2, window=window)
+    x, info = inputs(length=300)
+    ids = np.where(np.arange(300) < 170, 1, np.where(np.arange(300) < 290, 2, 0))
+    packed = SeqInfo(jnp.where(ids == 2, info.positions - 170, info.positions),
+                     jnp.broadcast_to(jnp.asarray(ids), (2, 300)))  # fmt: skip
+    i, j = np.arange(300)[:, None], np.arange(300)
+
+    @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+    def both(told, same, real):
+        q, k, v = mixer._project(x, told)
+        mask = jnp.asarray(np.abs(i - j) < window) & same
+        o = attention(q, k, v, mask=mask, implementation='reference')
+        expected = mixer.out(jnp.where(real[:, None, None], o, 0))
+        return mixer(x, info=told)[0], expected
+
+    for told, same, real in (
+        (info, jnp.ones((300, 300), bool), jnp.ones(300, bool)),
+        (packed, jnp.asarray(ids[:, None] == ids), jnp.asarray(ids != 0)),
+    ):
+        np.testing.assert_allclose(*both(told, same, real), atol=1e-5)
+        assert last_choice('attention')['form'] == ('gather' if window <= 40 else 'dense')
+    found = mixer.cost(2, 300)
+    pairs = np.sum(np.abs(i - j) < window)
+    assert found.matmul == 2 * 600 * WIDTH * 3 * WIDTH + 4 * 2 * WIDTH * pairs
+    assert found.state_bytes == 0
+    spec = MaskSpec(False, window)
+    executed = executed_flops('xla', 2, 300, 4, 4, mask='sparse', spec=spec)
+    walked = walk(lambda x: mixer(x, info=info)[0], x)
+    assert walked.total == 2 * 600 * WIDTH * 3 * WIDTH + executed
+
+
 def test_prompts_of_unequal_length_decode_together():
     """Right padding takes no slot: each row goes on right after its own last token."""
     mixer = make(context(positions='rope'), heads=2)
@@ -166,8 +203,6 @@ def test_what_it_refuses():
     for kw, message in cases:
         with pytest.raises(ConfigError, match=message):
             make(**kw)
-    with pytest.raises(ConfigError, match='a window needs a causal model'):
-        make(context(causal=False), heads=4, window=3)
     x, info = inputs()
     with pytest.raises(ValueError, match="cannot run as 'cudnn': it needs an NVIDIA GPU"):
         make(heads=4, implementation='cudnn')(x, info=info)

@@ -1,5 +1,6 @@
 """Longformer, BigBird, MATE, LongNet: against transformers, and what mixers add to masks."""
 
+import functools
 import pathlib
 
 import jax
@@ -12,6 +13,7 @@ from effjax.core.context import Context
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 from effjax.core.policy import Policy
+from effjax.core.trees import nbytes
 from effjax.kernels import MaskSpec, attention, last_choice
 from effjax.layers.mixers.attention import Attention
 from effjax.layers.mixers.bigbird import BigBird
@@ -103,6 +105,72 @@ def test_longnet_of_one_whole_segment_is_attention():
     offsets = [m.branches[1].offset for m in make(LongNet, heads=4, segments=(2, 6),
                                                   dilations=(1, 3)).mask()]  # fmt: skip
     assert offsets == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ('kind', 'sizes', 'slots'),
+    [
+        (Longformer, {'reach': 5, 'global_tokens': 3}, 8),
+        *[
+            pytest.param(*case, marks=pytest.mark.ci)
+            for case in (
+                (Longformer, {'reach': 7, 'global_tokens': 0, 'dilation': 2}, 7),
+                (LongNet, {'segments': (4, 12), 'dilations': (1, 3)}, 12),
+                (BigBird, {'block': 2, 'near': 2, 'random': 0}, 6),
+            )
+        ],
+    ],
+    ids=['longformer', 'dilated', 'longnet', 'bigbird'],
+)
+def test_a_ring_and_the_first_tokens_are_enough(kind, sizes, slots):
+    """60 steps through two documents, from a prompt on, equal the parallel form."""
+    mixer = make(kind, causal=True, kv_heads=1, **sizes)
+    x = jax.random.normal(jax.random.key(2), (2, 60, 12))
+    ids = jnp.where(jnp.arange(60) < jnp.array([[41], [2]]), 1, 2)
+    begins = jnp.array([[41], [2]])
+    info = SeqInfo(jnp.where(ids == 2, jnp.arange(60) - begins, jnp.arange(60)), ids)
+    state = jax.eval_shape(lambda: mixer.init_state(2, 64, jnp.float32))
+    assert state['key'].shape == (2, slots, 1, 6)
+    assert mixer.state_bytes(2, 64, jnp.float32) == nbytes(state)
+    # A cache with room for all the tokens there will be is no ring.
+    assert mixer.init_state(2, slots - 1, jnp.float32)['key'].shape[1] == slots - 1
+
+    @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+    def run(x):
+        prompt = jax.tree.map(lambda a: a[:, :21], info)
+        first, state, _ = mixer(x[:, :21], info=prompt, return_state=True)
+
+        def one(state, inputs):
+            y, state = mixer.step(inputs[0], state, reset=inputs[1])
+            return state, y
+
+        begin = (info.positions == 0)[:, 21:].T
+        _, rest = jax.lax.scan(one, state, (x[:, 21:].swapaxes(0, 1), begin))
+        return jnp.concatenate([first, rest.swapaxes(0, 1)], axis=1), mixer(x, info=info)[0]
+
+    np.testing.assert_allclose(*run(x), atol=2e-6)
+
+
+def test_what_has_no_end_keeps_the_whole_cache():
+    for kind, sizes in ((BigBird, {'block': 4, 'random': 1}), (Mate, {'columns': 4})):
+        mixer = make(kind, causal=True, **sizes)
+        assert mixer.init_state(1, 64, jnp.float32)['key'].shape[1] == 64
+
+
+def test_packed_rows_are_gathered_where_distances_decide():
+    ids = jnp.repeat(jnp.arange(1, 5), 128)[None]
+    info = SeqInfo((jnp.arange(512) % 128)[None], ids)
+    ctx = Context(width=12, policy=Policy(), causal=True, max_len=512)
+    x = jax.ShapeDtypeStruct((1, 512, 12), jnp.float32)
+    for kind, sizes, form in (
+        (Longformer, {'reach': 32, 'global_tokens': 4}, 'gather'),
+        (LongNet, {'segments': (32, 128), 'dilations': (1, 8)}, 'gather'),
+        (Mate, {'columns': 16, 'global_tokens': 1}, 'gather'),
+        (BigBird, {'block': 16, 'random': 1}, 'dense'),
+    ):
+        mixer = kind(ctx, heads=2, **sizes, rngs=nnx.Rngs(0))
+        jax.eval_shape(lambda x: mixer(x, info=info)[0], x)  # noqa: B023
+        assert last_choice('attention')['form'] == form, kind
 
 
 def test_causal_longformer_has_no_projections_of_its_own():
