@@ -4,8 +4,8 @@
 sentence pairs, token types or next-sentence loss. `tiny` (default) reads the text that comes with
 Python and trains anywhere: after 1000 of its steps, half an hour on two busy cores, a held-out
 masked token cost 4.98 nats and one in six was found. `base` and `large` are the published shapes.
-`linformer`, `nystromformer` and `reformer` are the tiny one with that mixer: how it is used, and no
-word on its quality.
+`linformer`, `nystromformer`, `reformer` and `etc` are the tiny one with that mixer: how it is used,
+and no word on its quality; `etc` has 8 global tokens, one for each 16 of a row, instead of positions.
 
     python -m effjax.train --config=configs/bert.py:linformer
 """
@@ -23,7 +23,10 @@ MIXERS = {
     'linformer': dict(rank=32),
     'nystromformer': dict(landmarks=16, conv=5),
     'reformer': dict(chunk=16, rounds=2),
+    'etc': dict(radius=16),
 }
+# What else of the model goes with a mixer.
+AROUND = {'etc': dict(positions=dict(kind='none'), globals=dict(tokens=8, every=16))}
 
 
 def get_config(variant='tiny'):
@@ -53,6 +56,7 @@ def get_config(variant='tiny'):
         block='postnorm',
         dropout=0.0 if tiny else 0.1,
     )
+    config.model.update(AROUND.get(mixer, {}))
     config.optimizer = dict(kind='adamw', b2=0.999, eps=1e-6, weight_decay=0.01)
     config.schedule = dict(kind='linear', peak=2e-3 if tiny else 1e-4, warmup=0.05)
     config.evals.valid = dict(every_share=0.1, batches=16)

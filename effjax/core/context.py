@@ -21,6 +21,8 @@ class Context:
       bias: whether projections carry a bias.
       dropout: dropout rate of attention weights' output and of sub-block outputs.
       init: name of the initialiser scheme ('gpt2', 'lecun').
+      globals: global tokens that the model puts in front of each row's own (`models.globals`), for
+        mixers that say 'globals' in `supports`.
     """
 
     width: int
@@ -33,3 +35,4 @@ class Context:
     bias: bool = False
     dropout: float = 0.0
     init: str = 'gpt2'
+    globals: int = 0

@@ -32,12 +32,16 @@ class SeqInfo:
         Nothing may cross a change of segment. None means one document a row and no padding.
       rng: a jax PRNG key for dropout and other noise, or None where nothing is random.
       train: static; True while training.
+      groups: int32 [B, T] or None; the part of the text, such as a sentence, that a token belongs
+        to, numbered from 0 along the row, each within one document; -1: none. A model with global
+        tokens has one for each, which stand in front of the row with their own numbers.
     """
 
     positions: jax.Array
     segment_ids: jax.Array | None = None
     rng: jax.Array | None = None
     train: bool = dataclasses.field(default=False, metadata={'static': True})
+    groups: jax.Array | None = None
 
     @classmethod
     def of(cls, batch: int, length: int, **kw) -> 'SeqInfo':

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +13,9 @@ from effjax.core.axes import param
 from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops
 from effjax.core.errors import ConfigError
+from effjax.core.info import SeqInfo
 from effjax.core.keys import branch
+from effjax.layers.dropout import dropout as dropout_layer
 from effjax.layers.ffn.dense import gelu
 from effjax.layers.linear import Projection, initializer
 from effjax.layers.norms import NORMS
@@ -54,6 +57,8 @@ class Encoder(TextModel):
       transform: a product, GELU and norm between the body and the head's product.
       max_len: longest sequence; 0 takes the run's.
       embed_width: width of the embedding and the head, see `models.text.TextModel`.
+      globals: dict(tokens=, every=None), global tokens beside each row for the mixer 'etc', see
+        `models.globals`; None: none.
       init: initialiser scheme, see `core.context`.
 
     Raises:
@@ -85,13 +90,14 @@ class Encoder(TextModel):
         max_len: int = 0,
         embed_width: int = 0,
         init: str = 'gpt2',
+        globals: Mapping | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(
             setup, vocab_size=vocab_size, width=width, layers=layers, mixer=mixer, ffn=ffn,
             norm=norm, positions=positions, block=block, tied=tied, bias=bias, dropout=dropout,
             share=share, segments=segments, final_norm=final_norm, max_len=max_len,
-            embed_width=embed_width, init=init, rngs=rngs,
+            embed_width=embed_width, init=init, globals=globals, rngs=rngs,
         )  # fmt: skip
         dtype = setup.policy.param_dtype
         ctx = Context(
@@ -105,6 +111,13 @@ class Encoder(TextModel):
         self.embed_norm = _norm(ctx, rngs) if embed_norm else None
         self.transform = _transform(ctx, branch(rngs, 'transform')) if transform else None
         self.transform_norm = _norm(ctx, rngs) if transform else None
+
+    def __call__(
+        self, tokens_BT: jax.Array, info: SeqInfo
+    ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+        """Returns (hidden [B, T, D], aux), of the row's own tokens; see `models.text.TextModel`."""
+        hidden, aux = super().__call__(tokens_BT, info)
+        return hidden, aux if self.globals is None else {**aux, **self.globals.metrics(info)}
 
     def features(self, hidden: jax.Array) -> jax.Array:
         """Returns what the head's product reads, [..., E], of the body's output [..., D]."""
@@ -130,7 +143,8 @@ class Encoder(TextModel):
         itemsize = self.compute_dtype.itemsize
         out['embedding'] += Cost(params=extra, params_used=extra)
         if self.embed_norm is not None:
-            out['norm'] += blocks.norm_cost(self.embed_norm, self.width, batch * seq_len, itemsize)
+            rows = seq_len + (0 if self.globals is None else self.globals.tokens)
+            out['norm'] += blocks.norm_cost(self.embed_norm, self.width, batch * rows, itemsize)
         out['head'] = self._head_cost(batch * (seq_len if predicted is None else predicted))
         return out
 
@@ -145,6 +159,19 @@ class Encoder(TextModel):
             "config.model.kind 'encoder' generates no text: it looks both ways and needs the whole "
             "sequence at once; use a 'decoder' to generate."
         )
+
+    def _forward(self, tokens_BT: jax.Array, info: SeqInfo, state: Any, return_state: bool):
+        if self.globals is None:
+            return super()._forward(tokens_BT, info, state, return_state)
+        chex.assert_rank(tokens_BT, 2)
+        chex.assert_equal_shape([tokens_BT, info.positions])
+        self._check_length(tokens_BT.shape[1])
+        first = self.globals.vector()
+        first = first if self.embed_norm is None else self.embed_norm(first)
+        x, beside = self.globals.join(first, self._embed(tokens_BT, info.positions), info)
+        x = dropout_layer(x, self.rate, info.fold(blocks.EMBEDDING))
+        x, _, aux = self.body(x, beside)
+        return self._final(x[:, self.globals.tokens :]), None, aux
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = super()._embed(tokens, positions)

@@ -24,6 +24,7 @@ from effjax.layers.norms import NORMS
 from effjax.layers.positions import POSITIONS, Learned, additive
 from effjax.models import blocks
 from effjax.models import body as bodies
+from effjax.models import globals as beside
 from effjax.models import memory as recurrent
 from effjax.models.plan import plan_segments
 from effjax.models.setup import Setup
@@ -63,6 +64,8 @@ class TextModel(nnx.Module):
       init: initialiser scheme, see `core.context`.
       memory: dict(tokens=, segment=, truncate=None) of a causal model cuts rows into segments that
         hand on tokens of memory, see `models.memory`; None: a row is one sequence.
+      globals: dict(tokens=, every=None) of a model that looks both ways puts global tokens beside
+        each row, see `models.globals`; None: it has none.
 
     Raises:
       ConfigError: values that do not fit together, naming the key.
@@ -95,6 +98,7 @@ class TextModel(nnx.Module):
         embed_scale: float = 1.0,
         init: str = 'gpt2',
         memory: Mapping | None = None,
+        globals: Mapping | None = None,
         rngs: nnx.Rngs,
     ):
         first_rate = dropout if embed_dropout is None else embed_dropout
@@ -108,6 +112,8 @@ class TextModel(nnx.Module):
         self.max_len = max_len or setup.seq_len
         if memory is not None:
             recurrent.check(memory, self.max_len)
+        if globals is not None:
+            beside.check(globals, self.max_len, self.causal, plan)
         ctx = Context(
             width=width,
             policy=setup.policy,
@@ -119,6 +125,7 @@ class TextModel(nnx.Module):
             bias=bias,
             dropout=dropout,
             init=init,
+            globals=0 if globals is None else globals['tokens'],
         )
         self.vocab_size, self.width, self.places = vocab_size, width, ctx.max_len
         self.tied, self.soft_cap, self.rate = tied, soft_cap, float(first_rate)
@@ -133,6 +140,11 @@ class TextModel(nnx.Module):
             None
             if memory is None
             else recurrent.RecurrentMemory(ctx, **memory, rngs=branch(rngs, 'memory'))
+        )
+        self.globals = (
+            None
+            if globals is None
+            else beside.GlobalTokens(ctx, **globals, rngs=branch(rngs, 'globals'))
         )
         self.embed_out = _product(
             ctx, width, embed_width, ('embed', None), branch(rngs, 'embed_out')
@@ -188,7 +200,9 @@ class TextModel(nnx.Module):
         positions = self.places * self.width if isinstance(self.positions, Learned) else 0
         # A look-up reads one row of each table.
         used = self.embed_width + product + (self.width if positions else 0)
-        out, rows, remembered = self.body.cost(batch, seq_len), seq_len, 0
+        few = 0 if self.globals is None else self.globals.tokens
+        out, rows = self.body.cost(batch, seq_len + few), seq_len
+        remembered = self.width if few else 0
         if self.memory is not None:
             out = self.memory.cost(lambda length: self.body.cost(batch, length), seq_len)
             rows, remembered = self.memory.rows(seq_len), self.memory.tokens * self.width
@@ -199,7 +213,7 @@ class TextModel(nnx.Module):
                 matmul=2.0 * tokens * product,
                 params=self.vocab_size * self.embed_width + product + positions + remembered,
                 params_used=used + remembered,
-                activation_bytes=batch * rows * self.width * itemsize,
+                activation_bytes=batch * (rows + few) * self.width * itemsize,
                 state_bytes=(4 + remembered * itemsize) * batch if self.causal else 0,
             ),
             **out,

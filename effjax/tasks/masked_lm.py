@@ -66,7 +66,11 @@ class MaskedLM:
     def info(self, batch: Mapping[str, jax.Array], rng: jax.Array | None, train: bool) -> SeqInfo:
         """Returns positions and documents of a batch."""
         return SeqInfo(
-            positions=batch['positions'], segment_ids=batch.get('segment_ids'), rng=rng, train=train
+            positions=batch['positions'],
+            segment_ids=batch.get('segment_ids'),
+            rng=rng,
+            train=train,
+            groups=batch.get('groups'),
         )
 
     def loss(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo):

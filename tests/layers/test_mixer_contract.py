@@ -41,6 +41,7 @@ CONFIGS = {
     'based': [{'heads': 2, 'key_dim': 3}],
     'bigbird': [{'heads': 2, 'block': 2, 'near': 1, 'random': 1}],
     'deltanet': [{'heads': 2, 'key_dim': 4, 'value_dim': 8, 'chunk': 5}],
+    'etc': [{'heads': 2, 'radius': 2, 'clip': 1}],
     'gated_deltanet': [{'heads': 2, 'key_dim': 5, 'value_dim': 7, 'chunk': 4, 'negative': True}],
     'gla': [{'heads': 2, 'key_dim': 5, 'conv': 3}],
     'h3': [{'state': 6, 'chunk': 4}],
@@ -76,6 +77,7 @@ MORE = {
         {'heads': 2, 'kv_heads': 1, 'block': 1, 'random': 2, 'implementation': 'reference'}
     ],
     'deltanet': [{'heads': 3, 'gate': True, 'conv': 0, 'implementation': 'reference'}],
+    'etc': [{'heads': 3, 'radius': 0, 'bias': True}, {'heads': 2, 'implementation': 'reference'}],
     'gated_deltanet': [{'heads': 1, 'chunk': 1, 'conv': 0}, {'heads': 2, 'gate': False}],
     'gla': [{'heads': 3, 'implementation': 'reference', 'temperature': 0.5}],
     'h3': [{'head_dim': 2, 'state': 4, 'shift': 3, 'bias': True, 'implementation': 'reference'}],

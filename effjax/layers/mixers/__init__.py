@@ -12,8 +12,10 @@ Contract: `Mixer(ctx, *, <config arguments>, rngs)`, and
     only, since parameters may be stacked over layers;
   `causal` (bool), and `supports`, a frozenset of 'packing' (several documents a row), 'stepping'
     (states and steps), 'bidirectional' (a context with causal=False), 'context' (attending to
-    another sequence). `directed` (optional) is True where a mixer over both directions tells them
-    apart by itself, so that a document turned round does not give its result turned round.
+    another sequence), 'globals' (the first `ctx.globals` tokens of a row are global ones, and
+    `info.groups` says whose). `directed` (optional) is True where a mixer over both directions
+    tells them apart by itself, so that a document turned round does not give its result turned
+    round.
 A state holds each row's last document and position, so that a cut on a document's boundary is
 exact; at a row's end it belongs to the last document, padding after it or not. A mixer that
 cannot do a thing raises a `ValueError` naming itself, the thing, and what to use instead.
@@ -26,6 +28,7 @@ MIXERS = {
     'based': 'effjax.layers.mixers.based:Based',
     'bigbird': 'effjax.layers.mixers.bigbird:BigBird',
     'deltanet': 'effjax.layers.mixers.deltanet:DeltaNet',
+    'etc': 'effjax.layers.mixers.etc:ETC',
     'gated_deltanet': 'effjax.layers.mixers.gated_deltanet:GatedDeltaNet',
     'gla': 'effjax.layers.mixers.gla:GLA',
     'h3': 'effjax.layers.mixers.h3:H3',
