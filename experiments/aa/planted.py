@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from effjax.core.command import run_command
-from effjax.study import analysis, plan, store
+from effjax.study import analysis, lock, plan, store
 from effjax.study.compare import Options, compare
 from effjax.study.execute import Runner
 from effjax.study.plan import Group, Job
@@ -44,7 +44,9 @@ def handicap(args: argparse.Namespace) -> Comparison:
     )
     plain, other = (plan.final(study, arm, {}) for arm in study.arms)
     groups = [*plain, *(Group(g.name, tuple(map(_charged, g.jobs))) for g in other)]
-    Runner(args.out, plan.code_version(), batched=True).run(groups)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with lock.held(args.out):
+        Runner(args.out, plan.code_version(), batched=True).run(groups)
     cells = [store.collect(j, args.out, study.metric) for g in groups for j in g.jobs]
     cells = [_paid(c) if c.arm == 'handicapped' else c for c in cells]
     return analysis.analyse(study, cells, code='').comparisons[0]

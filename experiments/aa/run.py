@@ -21,7 +21,7 @@ from typing import Any
 
 from effjax.core.command import run_command
 from effjax.core.errors import StudyError
-from effjax.study import analysis, plan, stats, store
+from effjax.study import analysis, lock, plan, stats, store
 from effjax.study.execute import Runner
 from effjax.study.plan import Group
 from effjax.study.records import Cell, Comparison
@@ -114,9 +114,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/aa'))
     args = parser.parse_args(argv)
     runner = Runner(args.out, plan.code_version(), batched=True)
-    zeros = pairing(runner, args.seeds, args.budget)
-    print(f'same initial values: differences {zeros}', flush=True)
-    found = repeated(runner, args.repetitions, args.seeds, args.budget, args.lanes)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with lock.held(args.out):
+        zeros = pairing(runner, args.seeds, args.budget)
+        print(f'same initial values: differences {zeros}', flush=True)
+        found = repeated(runner, args.repetitions, args.seeds, args.budget, args.lanes)
     verdicts = [f.verdict for f in found]
     called = sum(v in ('win', 'loss') for v in verdicts)
     low, high = stats.binomial_bounds(len(verdicts), 0.05)

@@ -23,7 +23,7 @@ from typing import Any
 from effjax.core.command import run_command
 from effjax.core.config import as_dict
 from effjax.core.errors import StudyError
-from effjax.study import plan, preflight, spec, stats, store
+from effjax.study import lock, plan, preflight, spec, stats, store
 from effjax.study.execute import Runner
 from effjax.study.records import Cell, analysis_from_json
 from effjax.study.spec import Arm, Study
@@ -51,9 +51,12 @@ def measure(workload: Workload, args: argparse.Namespace) -> tuple[list[Cell], s
     )
     facts = preflight.examine(study)
     code = plan.code_version()
-    runner = Runner(args.out, code, batched=preflight.batched(study, facts))
+    inputs = {name: fact.inputs for name, fact in facts.items()}
+    runner = Runner(args.out, code, batched=preflight.batched(study, facts), inputs=inputs)
     groups = plan.final(study, study.baseline, {})
-    runner.run(groups)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with lock.held(args.out):
+        runner.run(groups)
     return [store.collect(job, args.out, study.metric) for g in groups for job in g.jobs], code
 
 

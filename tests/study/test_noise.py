@@ -1,5 +1,6 @@
 """The noise floor: what it is measured on, what it says, and for whom a stored one counts."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -9,7 +10,7 @@ import pytest
 
 from effjax.core.errors import StudyError
 from effjax.study import compare as studies
-from effjax.study import spec
+from effjax.study import lock, spec
 from effjax.study.records import Analysis, Cell, to_json
 from effjax.study.spec import Arm
 from experiments.noise_floor import run as noise
@@ -135,3 +136,10 @@ def test_a_stored_slope_of_the_wrong_sign_gives_no_speed_up(tmp_path, monkeypatc
     file.write_text(entry_of(LM_TINY, slope=0.3))
     found = studies._smallest(LM_TINY.study('s', (BASE, Arm('new'))), [])
     assert found.endswith('stored)')
+
+
+def test_one_process_at_a_time_measures_in_a_folder(tmp_path):
+    args = argparse.Namespace(out=tmp_path, path=None, seeds=2, fractions=[1.0])
+    with lock.held(tmp_path), pytest.raises(StudyError, match='is in use by process'):
+        noise.measure(LM_TINY, args)
+    assert [f.name for f in tmp_path.iterdir()] == []
