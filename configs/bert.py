@@ -5,7 +5,7 @@ sentence pairs, token types or next-sentence loss. `tiny` (default) reads the te
 Python and trains anywhere: after 1000 of its steps, half an hour on two busy cores, a held-out
 masked token cost 4.98 nats and one in six was found. `base` and `large` are the published shapes.
 `linformer`, `nystromformer`, `reformer` and `etc` are the tiny one with that mixer: how it is used,
-and no word on its quality; `etc` has 8 global tokens, one for each 16 of a row, instead of positions.
+and no word on its quality. `etc` has 8 global tokens, one for each 16 of a row, and no positions.
 
     python -m effjax.train --config=configs/bert.py:linformer
 """
