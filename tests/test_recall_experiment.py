@@ -15,6 +15,7 @@ from experiments.recall.cells import (
     configs,
     order,
 )
+from experiments.recall.train import Lanes
 
 
 @pytest.mark.parametrize('mixer', MIXERS)
@@ -47,25 +48,27 @@ def test_the_protocol():
     assert set(PUBLISHED) < set(MIXERS)
 
 
-SMALL = {'rows': 1024, 'held_out': 64, 'epochs': 2, 'vocab_size': 64}
+SMALL = {'rows': 1200, 'held_out': 64, 'epochs': 2, 'vocab_size': 64}
 
 
 @pytest.mark.ci
 def test_a_cell_trains_and_ends_early(tmp_path, monkeypatch, capsys):
     cell = Cell('base_conv', 16, 64)
-    row = run.run_cell(cell, **SMALL)
-    assert row['steps'] == row['of_steps'] == 4 and not row['diverged']
+    lanes = Lanes(configs(cell, **SMALL), 2)
+    assert lanes.steps == 3  # 1200 rows in batches of 512: the last is filled up
+    row = run.run_cell(lanes, cell)
+    assert row['steps'] == row['of_steps'] == 6 and not row['diverged']
     assert set(row['by_rate']) == {'1.00e-04', '4.64e-04', '2.15e-03', '1.00e-02'}
     assert row['accuracy'] == max(row['by_rate'].values()) and row['state_bytes'] > 0
     monkeypatch.setattr(run, 'ENOUGH', -1.0)  # of which the first evaluation is enough
-    assert run.run_cell(cell, **SMALL)['steps'] < 4
+    assert run.run_cell(lanes, cell)['steps'] == 3
     monkeypatch.setattr(run, 'ENOUGH', 0.99)
-    assert run.run_cell(cell, until=0.0, **SMALL) is None
+    assert run.run_cell(lanes, cell, until=0.0) is None
     # What is done is not made again, and a torn last line is left out.
     file = tmp_path / 'cells.jsonl'
     file.write_text(json.dumps({**row, 'length': 64}) + '\n{"mixer"')
     argv = ['run', '--mixers=base_conv', '--lengths=64', '--widths=64', f'--results={tmp_path}']
-    monkeypatch.setattr(run, 'run_cell', lambda *a, **kw: pytest.fail('made again'))
+    monkeypatch.setattr(run, 'Lanes', lambda *a, **kw: pytest.fail('made again'))
     monkeypatch.setattr('sys.argv', argv)
     run.main()
     assert '| base_conv | 64 |' in capsys.readouterr().out
@@ -92,3 +95,14 @@ def test_the_page(tmp_path):
     assert f'3 of {len(MIXERS) * len(LENGTHS) * len(WIDTHS)} cells, on cpu' in text
     assert (tmp_path / 'results.md').read_text() == text
     assert 'hyena' in (tmp_path / 'state.svg').read_text()
+
+
+def test_a_sweep_appends_each_cell_and_leaves_out_what_would_be_late(tmp_path, monkeypatch):
+    results = {'base_conv': {'mixer': 'base_conv', 'accuracy': 0.5, 'seconds': 1.0}, 'hyena': None}
+    monkeypatch.setattr(run, 'Lanes', lambda configs, epochs: configs[0].name)
+    monkeypatch.setattr(run, 'run_cell', lambda lanes, cell, until: results[cell.mixer])
+    cells, file = [Cell(m, 64, 64) for m in ('hyena', 'base_conv')], tmp_path / 'cells.jsonl'
+    run.sweep(cells, file, float('inf'), **SMALL)
+    assert [r['mixer'] for r in run.read(file)] == ['base_conv']
+    run.sweep(cells, file, 0.0, **SMALL)  # time is up
+    assert len(run.read(file)) == 1

@@ -71,10 +71,9 @@ class Cell:
 
     @property
     def published(self) -> float | None:
-        """The published accuracy, None for mixers beyond the paper."""
-        if self.mixer not in PUBLISHED:
-            return None
-        return PUBLISHED[self.mixer][self.length][WIDTHS.index(self.width)]
+        """The published accuracy, None beyond the paper."""
+        row = PUBLISHED.get(self.mixer, {}).get(self.length)
+        return row[WIDTHS.index(self.width)] if row else None
 
     @property
     def sure(self) -> bool:

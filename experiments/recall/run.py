@@ -4,91 +4,106 @@
     python -m experiments.recall.run --mixers hyena h3 --lengths 64 --widths 64 128
     python -m experiments.recall.run --report             # table, plot and page from the results
 
-The four learning rates of a cell train as one compiled step; a cell ends early where a rate has
-passed 99 %. Each finished cell is a line of results/cells.jsonl, which is never made again.
+The four learning rates of a cell train as one compiled step, and an epoch is one call; a cell ends
+early where a rate has passed 99 %. Each finished cell is a line of results/cells.jsonl, which is
+never made again.
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import json
 import pathlib
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from effjax.core.cost import total
 from effjax.study.plan import code_version
-from effjax.training.batched import Group, check_batchable
 from experiments.recall import page
-from experiments.recall.cells import ENOUGH, LENGTHS, MIXERS, RATES, WIDTHS, Cell, configs, order
+from experiments.recall.cells import (
+    ENOUGH,
+    EPOCHS,
+    LENGTHS,
+    MIXERS,
+    RATES,
+    WIDTHS,
+    Cell,
+    configs,
+    order,
+)
+from experiments.recall.train import Lanes
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 
 
-class Sweep(Group):
-    """Lanes of one cell, which end together where one has learned the task or time is up.
+def run_cell(lanes: Lanes, cell: Cell, until: float = float('inf')) -> dict[str, Any] | None:
+    """Trains a cell and returns its result, None where it would not end in time.
 
     Args:
-      cell_configs: the runs.
-      workdirs: their folders.
-      until: seconds of `time.monotonic()` at which to give up.
-    """
-
-    def __init__(self, cell_configs: Sequence[Any], workdirs: Sequence[pathlib.Path], until: float):
-        super().__init__(cell_configs, workdirs)
-        self.until = until
-        self.late = False
-
-    def accuracies(self) -> list[float]:
-        """Returns each lane's last accuracy; 0 before the first."""
-        return [lane.results.get('valid', {}).get('accuracy', 0.0) for lane in self.lanes]
-
-    def _stopping(self) -> bool:
-        self.late = self.late or time.monotonic() > self.until
-        return super()._stopping() or self.late or max(self.accuracies()) > ENOUGH
-
-    def _say(self, text: str) -> None:
-        """Nothing: a line for every lane and epoch is too much."""
-
-
-def run_cell(cell: Cell, until: float = float('inf'), **changes: Any) -> dict[str, Any] | None:
-    """Trains a cell and returns its result, None where time or a signal ended it.
-
-    Args:
+      lanes: its runs, compiled.
       cell: mixer, length, width.
       until: seconds of `time.monotonic()`.
-      **changes: see `cells.configs`.
     """
-    made = configs(cell, **changes)
-    check_batchable(made)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        sweep = Sweep(made, [pathlib.Path(folder, str(i)) for i in range(len(made))], until)
-        sweep.run()
-    found = sweep.accuracies()
-    if sweep.stopped_by or (sweep.late and max(found) <= ENOUGH):
+    found = lanes.run(until, ENOUGH)
+    if found is None:
         return None
-    model = sweep.runtime.built.model
+    rates = [f'{rate:.2e}' for rate in RATES]
     return {
         'mixer': cell.mixer,
         'length': cell.length,
         'width': cell.width,
-        'accuracy': max(found),
-        'by_rate': {f'{rate:.2e}': value for rate, value in zip(RATES, found, strict=True)},
-        'diverged': [f'{r:.2e}' for r, lane in zip(RATES, sweep.lanes, strict=True) if lane.error],
-        'steps': max(lane.ledger.steps for lane in sweep.lanes),
-        'of_steps': made[0].steps,
-        'params': sweep.runtime.params,
-        'state_bytes': total(model.cost(1, cell.length).values()).state_bytes,
+        'accuracy': max(found.accuracy),
+        'by_rate': dict(zip(rates, found.accuracy, strict=True)),
+        'diverged': [r for r, bad in zip(rates, found.diverged, strict=True) if bad],
+        'steps': found.epochs * lanes.steps,
+        'of_steps': lanes.epochs * lanes.steps,
+        'params': lanes.runtime.params,
+        'state_bytes': lanes.state_bytes,
         'seconds': round(time.monotonic() - started, 1),
+        'compile_seconds': round(lanes.compile_seconds, 1),
         'device': jax.devices()[0].device_kind,
         'jax': jax.__version__,
         'code': code_version(),
         'date': datetime.date.today().isoformat(),
     }
+
+
+def sweep(cells: Sequence[Cell], file: pathlib.Path, until: float, **changes: Any) -> None:
+    """Runs cells and appends each result to a file at once.
+
+    While one trains, the next is compiled. A cell that would not end in time is left out.
+
+    Args:
+      cells: what is missing, in order.
+      file: one JSON line a cell.
+      until: seconds of `time.monotonic()`.
+      **changes: see `cells.configs`.
+    """
+    epochs = changes.get('epochs', EPOCHS)
+
+    def prepare(cell: Cell) -> Lanes:
+        return Lanes(configs(cell, **changes), epochs)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(prepare, cell) for cell in cells[:1]]
+        for n, cell in enumerate(cells):
+            lanes = ahead.pop().result()
+            if time.monotonic() > until:
+                print('time is up; the same command goes on', flush=True)
+                return
+            ahead += [pool.submit(prepare, c) for c in cells[n + 1 : n + 2]]
+            row = run_cell(lanes, cell, until)
+            del lanes
+            if row is None:
+                print(f'{cell}: left out, it would not end in time', flush=True)
+                continue
+            with file.open('a') as f:
+                f.write(json.dumps(row) + '\n')
+            published = '' if cell.published is None else f' (published {cell.published:.2f})'
+            print(f'{cell}: {row["accuracy"]:.3f}{published}, {row["seconds"]} s', flush=True)
 
 
 def read(file: pathlib.Path) -> list[dict[str, Any]]:
@@ -126,17 +141,7 @@ def main() -> None:
             for c in order()
             if c.mixer in args.mixers and c.length in args.lengths and c.width in args.widths
         ]
-        for cell in wanted:
-            if cell in done:
-                continue
-            row = run_cell(cell, until)
-            if row is None:
-                print('time is up, or a signal came; the same command goes on')
-                break
-            with file.open('a') as f:
-                f.write(json.dumps(row) + '\n')
-            published = '' if cell.published is None else f' (published {cell.published:.2f})'
-            print(f'{cell}: {row["accuracy"]:.3f}{published}, {row["seconds"]} s', flush=True)
+        sweep([c for c in wanted if c not in done], file, until)
     rows = read(file)
     if rows:
         print(page.write(rows, args.results))
