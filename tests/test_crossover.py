@@ -90,6 +90,7 @@ def test_what_is_measured_of_a_layer(tmp_path, capsys):
 def test_the_step_is_forward_and_all_gradients():
     config = as_dict(load(CONFIG, ['precision.kind=fp32']))
     layer = crossover.Layer('attention', OWN, config, 8, 2)
+    layer.trace()
     layer.compile()
     y, (dparams, dx) = layer._both(*layer._args)
     params, buffers, x, dy = layer._args

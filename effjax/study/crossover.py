@@ -6,8 +6,10 @@ turns, each step until its result is there, on equally many tokens.
 """
 
 import ast
+import concurrent.futures
 import dataclasses
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,8 +150,8 @@ class Layer:
         self._width = ctx.width
         self._args: tuple[Any, ...] = ()
 
-    def compile(self) -> None:
-        """Compiles both passes; places parameters and inputs."""
+    def trace(self) -> None:
+        """Places parameters and inputs, and traces both passes."""
         params, buffers = jax.jit(lambda: nnx.split(self._make(), nnx.Param, Buffer)[1:])()
         shape = (self.batch, self.length, self._width)
         x, dy = (jax.random.normal(jax.random.key(i), shape, self._dtype) for i in (1, 2))
@@ -164,9 +166,15 @@ class Layer:
 
         self._args = (params, buffers, x, dy)
         with recording() as ran:
-            self._forward = jax.jit(forward).lower(params, buffers, x).compile()
-            self._both = jax.jit(both).lower(*self._args).compile()
+            self._lowered = (
+                jax.jit(forward).lower(params, buffers, x),
+                jax.jit(both).lower(*self._args),
+            )
         self.ran = ', '.join(f'{op}={name}' for op, name in ran.items())
+
+    def compile(self) -> None:
+        """Compiles both passes; threads may do so for several layers at once."""
+        self._forward, self._both = (lowered.compile() for lowered in self._lowered)
         self.peak_bytes = _peak(self._both)
 
     def step(self) -> None:
@@ -227,9 +235,15 @@ def measure(
     failed: dict[str, str] = {}
     mesh = parallel.make_mesh({'data': 1})
     with parallel.mesh_context(mesh, parallel.make_rules({})):
-        for layer in layers:
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiling = {}
+            for layer in layers:
+                with _out_of_memory(layer.label, failed):
+                    layer.trace()
+                    compiling[layer] = pool.submit(layer.compile)
+        for layer, done in compiling.items():
             with _out_of_memory(layer.label, failed):
-                layer.compile()
+                done.result()
                 for _ in range(WARM_UP):
                     layer.step()
         alive = [layer for layer in layers if layer.label not in failed]
