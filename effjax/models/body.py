@@ -140,7 +140,17 @@ class Segment(nnx.Module):
             del layer
             return block.step(x, block_state, reset=reset)
 
+        if isinstance(state, list):
+            return self._run_by_layer(apply, x_BD, state)
         return self._run(apply, x_BD, state, 'none')
+
+    def by_layer(self, state: Tree) -> list[Tree]:
+        """Returns a decoding state with its repeats apart, for many calls of `step`.
+
+        A cache of its own is written in place; one that is stacked over repeats is copied whole,
+        several times, to write a token.
+        """
+        return _apart(state, self.repeat)
 
     def init_state(self, batch: int, max_len: int, dtype: Any) -> Tree:
         """Returns the decoding state by slot, stacked over repeats."""
@@ -217,6 +227,17 @@ class Segment(nnx.Module):
         state: Tree,
         remat: str,
     ):
+        period = self._period(apply, graphdefs)
+        if remat != 'none':
+            # Inside a loop nothing can be merged across the barrier; unrolled code needs it.
+            period = jax.checkpoint(period, policy=remat_policy(remat), prevent_cse=self.unrolled)
+        if state is None:
+            state = dict.fromkeys(self.names)
+        return self._scan(period, x, params, state)
+
+    def _period(self, apply: Callable[..., Any], graphdefs: Tree) -> Callable[..., Any]:
+        """Returns `period(x, weights, states, repeat) -> (x, outs)`, one repeat's blocks."""
+
         def period(x: Any, weights: Tree, states: Tree, repeat: jax.Array):
             out = {}
             for i, name in enumerate(graphdefs):
@@ -224,12 +245,19 @@ class Segment(nnx.Module):
                 x, out[name] = apply(block, x, states[name], self._layer(repeat, i))
             return x, out
 
-        if remat != 'none':
-            # Inside a loop nothing can be merged across the barrier; unrolled code needs it.
-            period = jax.checkpoint(period, policy=remat_policy(remat), prevent_cse=self.unrolled)
-        if state is None:
-            state = dict.fromkeys(self.names)
-        return self._scan(period, x, params, state)
+        return period
+
+    def _run_by_layer(self, apply: Callable[..., Any], x: jax.Array, states: list[Tree]):
+        """Runs unrolled over states that are apart; returns (y, new states, apart too)."""
+        graphdefs, params = self._split()
+        weights = _apart(params, self.repeat // self.share)
+        period, new = self._period(apply, graphdefs), []
+        streams: Any = reversible.opened(x) if self.reversible else x
+        for repeat, state in enumerate(states):
+            own = weights[repeat // self.share]
+            streams, out = period(streams, own, state, jnp.int32(repeat))
+            new.append(out)
+        return (reversible.closed(streams, x.dtype) if self.reversible else streams), new
 
     def _scan(self, period: Callable[..., Any], x: Any, params: Tree, state: Tree):
         """Scans over copies of the parameters and, within each, over the repeats sharing it."""
@@ -316,6 +344,10 @@ class Body(nnx.Module):
                 x_BD, new[name] = self.segment(name).step(x_BD, state[name], reset)
         return x_BD, new
 
+    def by_layer(self, state: Tree) -> Tree:
+        """Returns a decoding state with all layers apart; see `Segment.by_layer`."""
+        return {name: self.segment(name).by_layer(state[name]) for name in self.names}
+
     def init_state(self, batch: int, max_len: int, dtype: Any) -> Tree:
         """Returns the decoding state by segment and slot."""
         return {n: self.segment(n).init_state(batch, max_len, dtype) for n in self.names}
@@ -378,3 +410,10 @@ def metrics(aux: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
                     key = f'{segment}/{slot}/{part}/{name}'
                     out[key] = (jnp.sum(total, 0), jnp.sum(weight, 0))
     return out
+
+
+def _apart(tree: Tree, count: int) -> list[Tree]:
+    """Returns the `count` slices of a tree along its leaves' first axis."""
+    leaves, structure = jax.tree.flatten(tree)
+    parts = [[part[0] for part in jax.lax.split(leaf, (1,) * count)] for leaf in leaves]
+    return [jax.tree.unflatten(structure, [part[i] for part in parts]) for i in range(count)]

@@ -125,7 +125,7 @@ def make_generate(
         start = (
             jnp.int32(0),
             logits,
-            state,
+            model.by_layer(state),
             out,
             jnp.zeros(batch, jnp.int32),
             jnp.full(batch, True),

@@ -65,6 +65,15 @@ class Decoder(TextModel):
         position = jnp.where(some, position, state['position'])
         return hidden, {'body': cache, 'position': position}
 
+    def by_layer(self, state: Tree) -> Tree:
+        """Returns a decoding state that `step` writes in place; only `step` takes it.
+
+        With a recurrent memory the state stays as it is.
+        """
+        if self.memory is not None:
+            return state
+        return {**state, 'body': self.body.by_layer(state['body'])}
+
     def step(
         self, token_B: jax.Array, state: Tree, *, reset: jax.Array | None = None
     ) -> tuple[jax.Array, Tree]:
@@ -72,7 +81,7 @@ class Decoder(TextModel):
 
         Args:
           token_B: int32.
-          state: from `init_state`, `prefill` or `step`.
+          state: from `init_state`, `prefill`, `by_layer` or `step`.
           reset: bool [B]; True starts a new document with this token.
         """
         chex.assert_rank(token_B, 1)

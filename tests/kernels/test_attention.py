@@ -173,6 +173,34 @@ def test_positions_arrays_and_rows_without_any_key(blocks, monkeypatch):
         chex.assert_tree_all_finite(f(q, k, v))
 
 
+@pytest.mark.parametrize('kv_heads', [1, 2, 4])
+def test_a_single_query_reads_a_cache(kv_heads):
+    """As decoding does: values and gradients of the form without matrix products."""
+    q, k, v = inputs(length=1, keys=37, kv_heads=kv_heads)
+    rng = np.random.default_rng(3)
+    call = {
+        'segment_ids': np.array([[1], [2]], np.int32), 'soft_cap': 5.0, 'window': 30,
+        'kv_segment_ids': np.sort(rng.integers(0, 3, (2, 37)).astype(np.int32), 1),
+        'q_positions': np.array([[25], [40]]),
+        'kv_positions': np.stack([rng.permutation(50)[:37] for _ in range(2)]),
+    }  # fmt: skip
+    weights = rng.normal(size=q.shape)
+
+    def run(implementation):
+        def f(q, k, v):
+            o = attention(q, k, v, **call, implementation=implementation)
+            return jnp.sum(o * weights), o
+
+        return jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    text = str(jax.make_jaxpr(lambda q: attention(q, k, v, **call, implementation='xla'))(q))
+    assert 'dot_general' not in text
+    # float32 sums in another order
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=2e-6), run('xla'), run('reference')
+    )
+
+
 def test_rows_sum_to_one():
     """Weights, read off by values that are unit vectors, are not negative and sum to 1."""
     ids = segments(2, 16)

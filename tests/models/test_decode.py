@@ -1,6 +1,7 @@
 """Decoding with a cache equals the full forward pass, logits and tokens."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,11 @@ LENGTH = 40
 SMALL = {'layers': 1, 'ffn': None, 'positions': {'kind': 'none'}}
 
 
-def stepped(model, tokens, start, max_len):
-    """Logits [B, T, V] by a prefill of `start` tokens and then single steps, in one program."""
+def stepped(model, tokens, start, max_len, apart=True):
+    """Logits [B, T, V] by a prefill of `start` tokens and then single steps, in one program.
+
+    With the layers' states apart, as generation has them, or stacked.
+    """
     graphdef, state = models.split(model)
 
     @jax.jit
@@ -43,6 +47,8 @@ def stepped(model, tokens, start, max_len):
         model = models.merge(graphdef, state)
         cache = model.init_state(tokens.shape[0], max_len, jnp.float32)
         hidden, cache = model.prefill(tokens[:, :start], cache)
+
+        cache = model.by_layer(cache) if apart else cache
 
         def step(cache, token):
             out, cache = model.step(token, cache)
@@ -69,6 +75,36 @@ def test_prefill_then_256_steps_equal_one_full_forward(make_decoder, full_logits
     np.testing.assert_allclose(
         stepped(model, tokens, 7, length), full_logits(model, tokens), atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize('kind', ['segments', 'reversible'])
+def test_states_apart_step_as_stacked_ones_do(make_decoder, kind):
+    kinds = {**KINDS, 'reversible': {'mixer': ATTENTION, 'block': 'reversible'}}
+    model = make_decoder(seq_len=12, **kinds[kind])
+    tokens = jax.random.randint(jax.random.key(3), (2, 12), 0, 31)
+    apart, stacked = (stepped(model, tokens, 4, 12, apart) for apart in (True, False))
+    np.testing.assert_allclose(apart, stacked, atol=1e-5)  # float32 roundings: other fusions
+
+
+def test_a_step_copies_no_cache(make_decoder):
+    """Nothing in the compiled loop makes an array of all slots but the caches' own writes."""
+    model = make_decoder(seq_len=511, mixer=ATTENTION)
+    graphdef, arrays = models.split(model)
+
+    def write(arrays, state, token):
+        model = models.merge(graphdef, arrays)
+
+        def one(carry, _):
+            hidden, state = model.step(*carry)
+            return (jnp.argmax(model.logits(hidden), -1), state), None
+
+        return jax.lax.scan(one, (token, model.by_layer(state)), None, length=4)[0][0]
+
+    state = model.init_state(2, 511)
+    text = jax.jit(write).lower(arrays, state, jnp.zeros(2, jnp.int32)).compile().as_text()
+    slots = re.compile(r'= \w+\[(?:\d+,)*511,(?:\d+,)*\d+\]\S* ([\w-]+)\(')
+    made = set(slots.findall(text))
+    assert 'scatter' in made and not made & {'copy', 'transpose', 'concatenate', 'dot'}, made
 
 
 @functools.partial(jax.jit, static_argnums=0)

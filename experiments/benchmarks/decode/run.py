@@ -9,7 +9,9 @@ that of writing alone. Mixers take turns at each context. What does not fit is s
 """
 
 import argparse
+import concurrent.futures
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -41,11 +43,13 @@ class Decoding:
     """
 
     def __init__(self, config: Mapping[str, Any], context: int, batch: int, steps: int, piece: int):
-        room = context + steps * (WARM_UP + 1)  # every call begins where the context ends
-        model_config = {**config['model'], 'max_len': room, 'vocab_size': 256}
-        self.built = models.build({**config, 'model': model_config, 'seq_len': min(piece, room)})
+        self.room = context + steps * (WARM_UP + 1)  # every call begins where the context ends
+        model_config = {**config['model'], 'max_len': self.room, 'vocab_size': 256}
+        seq_len = min(piece, self.room)
+        self.built = models.build({**config, 'model': model_config, 'seq_len': seq_len})
         self.arrays = init_params(self.built, jax.random.key(0))
         self.batch, self.steps = batch, steps
+        self._pieces = [min(piece, context - start) for start in range(0, context, piece)]
         graphdef = self.built.graphdef
 
         def read(arrays, tokens, state):
@@ -59,23 +63,39 @@ class Decoding:
                 hidden, state = model.step(token, state)
                 return (jnp.argmax(model.logits(hidden), -1).astype(jnp.int32), state), None
 
-            return jax.lax.scan(one, (token, state), None, length=steps)[0][0]
+            start = (token, model.by_layer(state))
+            return jax.lax.scan(one, start, None, length=steps)[0][0]
 
-        model = merge(graphdef, self.arrays)
-        state = model.init_state(batch, room)
-        reading = jax.jit(read, donate_argnums=2)
-        for start in range(0, context, piece):
-            size = (batch, min(piece, context - start))
-            tokens = jax.random.randint(jax.random.key(start), size, 0, 256)
-            state = reading(self.arrays, tokens, state)
+        state = jax.eval_shape(self._start)
+        tokens = {n: jax.ShapeDtypeStruct((batch, n), jnp.int32) for n in set(self._pieces)}
+        self._reading = {
+            n: jax.jit(read, donate_argnums=2).lower(self.arrays, x, state)
+            for n, x in tokens.items()
+        }
+        token = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        self._writing = jax.jit(write).lower(self.arrays, token, state)
+
+    def compile(self) -> None:
+        """Compiles what was traced; threads may do so for several models at once."""
+        self._read = {n: lowered.compile() for n, lowered in self._reading.items()}
+        self._write = self._writing.compile()
+
+    def read(self) -> None:
+        """Reads the context, holds the state to its cost, and writes once to warm up."""
+        state = jax.jit(self._start)()
+        for i, size in enumerate(self._pieces):
+            tokens = jax.random.randint(jax.random.key(i), (self.batch, size), 0, 256)
+            state = self._read[size](self.arrays, tokens, state)
         self.state_bytes = nbytes(state)
-        charged = total(self.built.model.cost(batch, room).values()).state_bytes
+        charged = total(self.built.model.cost(self.batch, self.room).values()).state_bytes
         if self.state_bytes > charged:
             raise AssertionError(f'the state has {self.state_bytes} bytes, charged are {charged}')
-        self._args = (self.arrays, jnp.zeros(batch, jnp.int32), state)
-        self._write = jax.jit(write).lower(*self._args).compile()
+        self._args = (self.arrays, jnp.zeros(self.batch, jnp.int32), state)
         for _ in range(WARM_UP):
             self.run()
+
+    def _start(self) -> Any:
+        return merge(self.built.graphdef, self.arrays).init_state(self.batch, self.room)
 
     def run(self) -> None:
         """Writes `steps` tokens a row, from the end of the context, and waits."""
@@ -90,12 +110,19 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Returns a row for each mixer at one context."""
     open_, rows = {}, {}
-    for label, block in mixers.items():
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiling = {}
+        for label, block in mixers.items():
+            changed = {**config, 'model': {**config['model'], 'mixer': block}}
+            made = Decoding(changed, context, args.batch, args.steps, args.piece)
+            compiling[label] = made, pool.submit(made.compile)
+    for label, (made, done) in compiling.items():
         rows[label] = {'mixer': label, 'context': context, 'batch': args.batch}
         try:
-            changed = {**config, 'model': {**config['model'], 'mixer': block}}
-            open_[label] = Decoding(changed, context, args.batch, args.steps, args.piece)
-            rows[label]['state_bytes'] = open_[label].state_bytes // args.batch
+            done.result()
+            made.read()
+            open_[label] = made
+            rows[label]['state_bytes'] = made.state_bytes // args.batch
         except jax.errors.JaxRuntimeError as e:
             if 'RESOURCE_EXHAUSTED' not in str(e):
                 raise
