@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
 import random
 import subprocess
@@ -205,6 +206,18 @@ def test_the_generator_goes_on_where_it_was(tool, monkeypatch, tmp_path):
     tool.main([])
     assert len(ran) == 6
     assert pairs.load(tmp_path / 'pairs.json')['palm', 'vit'].state == 'works'
+
+
+@pytest.mark.ci
+def test_several_processes_find_what_one_does(tool, repository):
+    combined = [pairs.judge(METHODS[a], METHODS[b], repository)[0].config for a, b in JOBS]
+    texts = [json.dumps(config) for config in combined]
+    found = dict(tool.outcomes(texts, 2, math.inf))
+    assert [found[text][0] for text in texts] == ['works', 'refused']
+    assert dict(tool.outcomes(texts, 2, 0.0)) == {}  # time is up
+
+
+JOBS = (('transformer', 'mixed-precision'), ('bpe', 'vit'))
 
 
 # ---- the command -------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Trains every pair of methods for two steps; writes effjax/pairs.json and docs/pairs.md.
 
-Usage: python tools/pairs.py [ID ...] [--all] [--page] [--minutes M]
+Usage: python tools/pairs.py [ID ...] [--all] [--page] [--minutes M] [--jobs N]
 
 Only pairs without a current entry run; --all runs them all again, an ID those of that method,
 --page writes the page alone. It can be stopped at any time and goes on where it was; after
@@ -8,16 +8,15 @@ Only pairs without a current entry run; --all runs them all again, an ID those o
 """
 
 import argparse
+import concurrent.futures
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-
-import jax
 
 from effjax import methods
 from effjax.core.command import run_command
@@ -50,22 +49,27 @@ def every_pair(rows: Mapping[str, methods.Method]) -> Iterator[tuple[str, str]]:
             yield first, second
 
 
-def find_out(
-    first: methods.Method, second: methods.Method, known: dict[str, tuple[str, str]]
-) -> Pair:
-    """Returns what comes of two methods; `known` holds configs that have run, by their JSON."""
-    combined, outcome = pairs_lib.judge(first, second, ROOT)
-    if outcome is None:
-        # Rows that change nothing make one config with many others, which need not run again.
-        config = {**combined.config, 'name': 'pair'}
-        text = json.dumps(config, sort_keys=True)
-        if text not in known:
-            if len(known) % 20 == 19:
-                jax.clear_caches()  # hundreds of compiled steps would fill the memory
-            with tempfile.TemporaryDirectory() as folder:
-                known[text] = pairs_lib.attempt(config, pathlib.Path(folder))
-        outcome = known[text]
-    return Pair(first.id, second.id, *outcome, pairs_lib.digest(first, second))
+def outcomes(
+    texts: Sequence[str], jobs: int, until: float
+) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yields each config's JSON with its (state, reason), as they come, until time is up."""
+    if jobs == 1:
+        for text in texts:
+            if time.monotonic() > until:
+                return
+            yield text, pairs_lib.attempt_json(text)
+        return
+    spawn = multiprocessing.get_context('spawn')  # a fork of a process that runs jax may hang
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        waiting = {pool.submit(pairs_lib.attempt_json, text): text for text in texts}
+        try:
+            left = None if until == math.inf else max(0.0, until - time.monotonic())
+            for done in concurrent.futures.as_completed(waiting, timeout=left):
+                yield waiting[done], done.result()
+        except TimeoutError:
+            pass
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def page(rows: Mapping[str, methods.Method], found: Mapping[tuple[str, str], Pair]) -> str:
@@ -88,20 +92,25 @@ def page(rows: Mapping[str, methods.Method], found: Mapping[tuple[str, str], Pai
 
 def _reasons(state: str, pairs: Sequence[Pair]) -> list[str]:
     """Returns a state's pairs, those with one reason together."""
-    by_reason: dict[str, list[str]] = {}
+    by_reason: dict[str, dict[str, list[str]]] = {}
     bases = [p for p in pairs if p.state == state and p.reason.endswith(pairs_lib.TWO_BASES)]
     for pair in pairs:
         if pair.state == state and pair not in bases:
-            by_reason.setdefault(pair.reason, []).append(f'{pair.first} + {pair.second}')
+            by_reason.setdefault(pair.reason, {}).setdefault(pair.first, []).append(pair.second)
     if not by_reason and not bases:
         return []
     out = ['', f'## {state.capitalize()}', '']
     if bases:
         out += [f'{len(bases)} pairs {pairs_lib.TWO_BASES}.', '']
     out += ['| pairs | reason |', '|---|---|'] if by_reason else []
-    for reason, names in by_reason.items():
-        out.append(f'| {", ".join(names)} | {reason.replace("|", chr(92) + "|")} |')
+    for reason, partners in by_reason.items():
+        lines = [f'{first} + {_any_of(others)}' for first, others in partners.items()]
+        out.append(f'| {"<br>".join(lines)} | {reason.replace("|", chr(92) + "|")} |')
     return out
+
+
+def _any_of(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f'({", ".join(names)})'
 
 
 def main(argv: Sequence[str]) -> None:
@@ -111,6 +120,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument('--all', action='store_true', help='run every pair again')
     parser.add_argument('--page', action='store_true', help='write docs/pairs.md and leave')
     parser.add_argument('--minutes', type=float, help='after so long, note the rest as not run')
+    parser.add_argument('--jobs', type=int, default=1, help='processes that train')
     args = parser.parse_args(argv)
     rows, stored = methods.load(), pairs_lib.load(pairs_lib.FILE)
     for name in args.ids:
@@ -126,7 +136,7 @@ def main(argv: Sequence[str]) -> None:
     due = [key for key in every_pair(rows) if key not in found or key in left or again & {*key}]
     if not args.page:
         until = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
-        run(rows, due, found, until)
+        run(rows, due, found, until, args.jobs)
     elif len(found) < len(list(every_pair(rows))):
         raise StudyError(f'{len(due)} pairs have no current entry; run without --page first.')
     save(rows, found)  # a method that is gone leaves the table even when nothing was due
@@ -138,6 +148,7 @@ def run(
     due: Sequence[tuple[str, str]],
     found: dict[tuple[str, str], Pair],
     until: float = math.inf,
+    jobs: int = 1,
 ) -> None:
     """Finds out about the pairs in `due`, writing the table after each.
 
@@ -146,31 +157,41 @@ def run(
       due: the pairs.
       found: takes what was found.
       until: seconds of `time.monotonic()` after which no pair is run, only noted.
+      jobs: processes that train.
     """
-    known: dict[str, tuple[str, str]] = {}
-    for i, (first, second) in enumerate(due, 1):
-        if time.monotonic() > until:
-            note(rows, due[i - 1 :], found)
-            print(f'{len(due) - i + 1} pairs left, noted as not run yet', flush=True)
-            return
-        pair = find_out(rows[first], rows[second], known)
-        found[pair.key] = pair
-        print(f'{i}/{len(due)} {first} + {second}: {pair.state} {pair.reason}', flush=True)
+    waiting: dict[str, list[tuple[str, str]]] = {}
+    for key in due:
+        combined, outcome = pairs_lib.judge(*(rows[name] for name in key), ROOT)
+        if outcome is not None:
+            enter(rows, key, outcome, found)
+        else:  # rows that change nothing make one config with many others, which runs once
+            text = json.dumps({**combined.config, 'name': 'pair'}, sort_keys=True)
+            waiting.setdefault(text, []).append(key)
+    save(rows, found)
+    for count, (text, outcome) in enumerate(outcomes(list(waiting), jobs, until), 1):
+        for key in waiting.pop(text):
+            enter(rows, key, outcome, found)
+            state, reason = outcome
+            print(
+                f'{count} of {count + len(waiting)}: {key[0]} + {key[1]}: {state} {reason}',
+                flush=True,
+            )
         save(rows, found)
+    left = [key for keys in waiting.values() for key in keys]
+    for key in left:
+        enter(rows, key, ('untested', pairs_lib.NOT_RUN), found)
+    if left:
+        print(f'{len(left)} pairs left, noted as not run yet', flush=True)
 
 
-def note(
+def enter(
     rows: Mapping[str, methods.Method],
-    left: Sequence[tuple[str, str]],
+    key: tuple[str, str],
+    outcome: tuple[str, str],
     found: dict[tuple[str, str], Pair],
 ) -> None:
-    """Enters pairs that no config holds, and the others as not run yet."""
-    for first, second in left:
-        outcome = pairs_lib.judge(rows[first], rows[second], ROOT)[1]
-        state, reason = outcome or ('untested', pairs_lib.NOT_RUN)
-        digest = pairs_lib.digest(rows[first], rows[second])
-        found[first, second] = Pair(first, second, state, reason, digest)
-    save(rows, found)
+    """Puts what came of a pair into the table."""
+    found[key] = Pair(*key, *outcome, pairs_lib.digest(*(rows[name] for name in key)))
 
 
 def save(rows: Mapping[str, methods.Method], found: Mapping[tuple[str, str], Pair]) -> None:
@@ -183,5 +204,5 @@ def save(rows: Mapping[str, methods.Method], found: Mapping[tuple[str, str], Pai
 if __name__ == '__main__':
     # The time goes into compiling, and two steps do not earn it back.
     os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
-    jax.config.update('jax_platforms', 'cpu')
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # of this process, which has not imported jax, and others
     sys.exit(run_command(main, sys.argv[1:]))

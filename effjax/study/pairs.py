@@ -7,8 +7,10 @@ What `tools/pairs.py` found by this for every pair stands in `effjax/pairs.json`
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -335,6 +337,22 @@ def attempt(config: Mapping[str, Any], workdir: pathlib.Path) -> tuple[str, str]
             )
 
     return _outcome(trained)
+
+
+def attempt_json(text: str) -> tuple[str, str]:
+    """Returns what `attempt` says of a config given as JSON, in a folder that is thrown away.
+
+    A process may be asked for hundreds: compiled steps are dropped from time to time.
+    """
+    import jax
+
+    if next(_attempts) % 20 == 19:
+        jax.clear_caches()
+    with tempfile.TemporaryDirectory() as folder:
+        return attempt(json.loads(text), pathlib.Path(folder))
+
+
+_attempts = itertools.count()
 
 
 def judge(first: Row, second: Row, root: pathlib.Path) -> tuple[Combined, tuple[str, str] | None]:
