@@ -15,11 +15,11 @@ installed := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 quickstart: $(installed)
 	@$(python) -m effjax.train --config=$(CONFIG)
 
-# The fast tests: one device in two processes, then 8 simulated devices. Says what it left out.
+# The fast tests: one device in two processes, then 8 simulated devices in each. Says what it left out.
 test: $(installed)
 	@status=0; \
 	$(python) -m pytest --tier=single -n $(WORKERS) --dist=loadfile $(call xml,single) || status=1; \
-	$(python) -m pytest --tier=mesh $(call xml,mesh) || status=1; \
+	$(python) -m pytest --tier=mesh -n $(WORKERS) --dist=loadfile $(call xml,mesh) || status=1; \
 	exit $$status
 
 lint: $(installed)

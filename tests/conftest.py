@@ -20,6 +20,8 @@ TIERS = ('single', 'mesh', 'ci', 'process', 'slow')
 LIMITS = {'single': 60, 'mesh': 60, 'ci': 180, 'process': 180, 'slow': 0}
 MESH_DEVICES = 8
 _DEVICE_FLAG = '--xla_force_host_platform_device_count'
+# `ci`, `process` and `slow` train for longer, and as XLA compiles for a user.
+UNOPTIMISED = ('single', 'mesh')
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tokenizers and packed records made by one test serve the others: keyed by content, never stale.
@@ -40,6 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
     tier = config.getoption('tier')
     if tier and os.environ['JAX_PLATFORMS'] != 'cpu':
         raise pytest.UsageError(f'--tier={tier} runs on the CPU; unset JAX_PLATFORMS.')
+    # Compiling is most of what these take, and LLVM's passes are half of compiling a large program.
+    # Without them it is the same HLO (what is fused, partitioned and kept in memory) and the same
+    # sums, in slower machine code, which hardly runs. JAX_DISABLE_MOST_OPTIMIZATIONS=0 undoes it.
+    if tier in UNOPTIMISED:
+        os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
     if tier == 'mesh' and simulated_devices() != MESH_DEVICES:
         flags = re.sub(rf'{_DEVICE_FLAG}=\d+', '', os.environ.get('XLA_FLAGS', ''))
         os.environ['XLA_FLAGS'] = f'{flags} {_DEVICE_FLAG}={MESH_DEVICES}'.strip()

@@ -58,10 +58,10 @@ def test_equals_the_equation(implementation, decay):
     for segments in (np.ones((B, T), np.int32), SEGMENTS):
         expected = equation(*qkvb, log_decay, state, segments)
         for chunk in (1, 4, 5, 64) if implementation == 'xla' else (64,):
-            got = delta_rule(
-                *qkvb, log_decay, initial_state=state, segment_ids=segments, return_state=True,
-                chunk=chunk, implementation=implementation,
-            )  # fmt: skip
+            run = functools.partial(
+                delta_rule, return_state=True, chunk=chunk, implementation=implementation
+            )
+            got = jit(run)(*qkvb, log_decay, initial_state=state, segment_ids=segments)
             # float32 sums of about ten terms of order 1
             np.testing.assert_allclose(got[0], expected[0], atol=5e-6)
             np.testing.assert_allclose(got[1], expected[1], atol=5e-6)
@@ -110,7 +110,7 @@ def test_gradients_of_inputs_and_states(decay):
 
 def test_a_row_may_be_cut_anywhere():
     q, k, v, beta, log_decay, state = inputs(3)
-    run = functools.partial(delta_rule, return_state=True, chunk=4)
+    run = jit(functools.partial(delta_rule, return_state=True, chunk=4))
     whole, last = run(q, k, v, beta, log_decay, initial_state=state)
     for cut in (1, 4, 6, T - 1):
         first, middle = run(*(x[:, :cut] for x in (q, k, v, beta, log_decay)), initial_state=state)

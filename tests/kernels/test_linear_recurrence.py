@@ -105,11 +105,11 @@ def test_without_documents_states_and_with_a_scale(name):
     arrays['initial_state'] *= 0
     expected, _ = equation(arrays, np.ones((B, 70), np.int32))
     del arrays['initial_state']
-    o = linear_recurrence(**arrays, scale=0.5, chunk=32)
+    o = jit(lambda a: linear_recurrence(**a, scale=0.5, chunk=32))(arrays)
     np.testing.assert_allclose(o, 0.5 * expected, atol=3e-5, rtol=1e-4)
     half = {n: None if x is None else jnp.bfloat16(x) for n, x in arrays.items()}
     half['log_decay'] = arrays['log_decay']
-    o, state = call(half, scale=0.5)
+    o, state = jit(functools.partial(call, scale=0.5))(half)
     assert o.dtype == jnp.bfloat16 and state.dtype == jnp.float32
     # 8 bits of each factor
     np.testing.assert_allclose(np.float32(o), 0.5 * expected, atol=0.3, rtol=0.05)

@@ -36,6 +36,15 @@ SPECS = {
 }
 ONE = {name: spec for name, spec in SPECS.items() if not spec.branches}
 EACH = pytest.mark.parametrize('spec', SPECS.values(), ids=SPECS)
+# Programs of their own for each mask: one of each kind, and the others in the tier `ci`.
+QUICK = ('longformer', 'dilated causal', 'causal bigbird', 'table', 'columns', 'causal longnet')
+COMPILED = pytest.mark.parametrize(
+    'spec',
+    [
+        pytest.param(spec, id=name, marks=() if name in QUICK else pytest.mark.ci)
+        for name, spec in SPECS.items()
+    ],
+)
 
 
 def inputs(length, heads=4, kv_heads=2, size=3):
@@ -74,7 +83,7 @@ def test_masks_mean_what_they_say():
     assert np.any(bird != MaskSpec(True, 1, block=2, random=1, seed=1).dense(64))
 
 
-@EACH
+@COMPILED
 def test_gathered_equals_dense_with_gradients(spec):
     length = 300
     q, k, v = inputs(length)
@@ -127,7 +136,7 @@ def test_costs_equal_the_walk(spec):
 
 
 @pytest.mark.parametrize('form', ['dense', 'blocks'])
-@EACH
+@COMPILED
 def test_documents_are_masked_by_their_own_places(spec, form, monkeypatch):
     if spec.table is not None:
         with pytest.raises(ValueError, match='a table of blocks takes no documents'):
@@ -139,12 +148,13 @@ def test_documents_are_masked_by_their_own_places(spec, form, monkeypatch):
     if form == 'blocks':
         monkeypatch.setattr(cost, 'DENSE_MAX', 8)
         monkeypatch.setattr(cost, 'BLOCK', 16)
-    got = attention(q, k, v, mask=spec, segment_ids=jnp.asarray([ids] * 2), implementation='xla')
+    documents = functools.partial(attention, mask=spec, implementation='xla')
+    got = np.asarray(jit(documents)(q, k, v, segment_ids=np.stack([ids] * 2)))
     start = 0
     for n in lengths:
-        part = [x[:, start : start + n] for x in (q, k, v)]
+        part = [np.asarray(x)[:, start : start + n] for x in (q, k, v)]
         mask = spec if spec.branches else jnp.asarray(spec.dense(n))
-        alone = attention(*part, mask=mask, implementation='reference')
+        alone = jit(functools.partial(attention, mask=mask, implementation='reference'))(*part)
         np.testing.assert_allclose(got[:, start : start + n], alone, atol=2e-6)
         start += n
     assert not np.any(got[:, start:])

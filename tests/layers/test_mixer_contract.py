@@ -186,13 +186,22 @@ class Case:
             positions={'kind': 'rope', 'base': 100.0},
             init='lecun',
         )
-        self.mixer = component(context, **arguments(block), rngs=nnx.Rngs(0))
-        self.graphdef, params = nnx.split(self.mixer)
-        params = nnx.to_pure_dict(params)
-        keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
-        noise = lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape, jnp.float32)  # noqa: E731
-        self.params = jax.tree.map(lambda p: noise(p).astype(dtype), params)
-        self.x = jax.random.normal(jax.random.key(2), (2, LENGTH, WIDTH)).astype(compute)
+        make = lambda: component(context, **arguments(block), rngs=nnx.Rngs(0))  # noqa: E731
+        self.graphdef, _ = nnx.split(nnx.eval_shape(make))
+        # One program; operation by operation, each would be compiled by itself.
+        self.mixer = nnx.merge(self.graphdef, jit(lambda: nnx.state(make()))())
+        draw = np.random.default_rng(1)
+        self.params = jax.tree.map(
+            lambda p: jnp.asarray(p + 0.1 * draw.normal(size=p.shape), dtype),
+            jax.device_get(nnx.to_pure_dict(nnx.state(self.mixer))),
+        )
+        self.x = jnp.asarray(draw.normal(size=(2, LENGTH, WIDTH)), compute)
+
+    def outputs(self, x, info):
+        """Those of some rows, at the number of rows that `test_is_causal` compiles."""
+        rows = np.arange(LENGTH) % len(x)
+        x_and_info = jax.tree.map(lambda a: np.asarray(a)[rows], (x, info))
+        return np.asarray(self.forward(self.params, *x_and_info))[: len(x)]
 
     def call(self, params, x, info, state=None, return_state=False):
         return nnx.merge(self.graphdef, params)(
@@ -224,7 +233,7 @@ class Case:
         return make_info(SEGMENTS if self.packs else None, **kw)
 
     def empty(self, batch=2):
-        return self.mixer.init_state(batch, LENGTH, self.x.dtype)
+        return jax.jit(lambda: self.mixer.init_state(batch, LENGTH, self.x.dtype))()
 
 
 @functools.cache
@@ -255,7 +264,7 @@ def test_states_continue_exactly(kind, config):
     case = case_of(kind, config)
     info = make_info(SEGMENTS)
     real = (SEGMENTS != 0)[..., None]
-    whole = np.where(real, case.forward(case.params, case.x, info), 0)
+    whole = np.where(real, case.outputs(case.x, info), 0)
 
     # Every cut at once: each becomes a row of the batch, both pieces padded to the full length.
     cuts = np.arange(LENGTH + 1)
@@ -273,19 +282,16 @@ def test_states_continue_exactly(kind, config):
         case.params, x, SeqInfo(positions, jnp.asarray(head)), case.empty(len(rows))
     )
     tail_info = SeqInfo(np.take_along_axis(positions, shift, 1), jnp.asarray(tail))
-    second, final = case.chunk(case.params, x_tail, tail_info, state)
+    second, final = jax.device_get(case.chunk(case.params, x_tail, tail_info, state))
     back = np.maximum(place - cut[:, None], 0)[..., None]
-    joined = np.where(
-        (place < cut[:, None])[..., None], first, np.take_along_axis(np.asarray(second), back, 1)
-    )
+    joined = np.where((place < cut[:, None])[..., None], first, np.take_along_axis(second, back, 1))
     chex.assert_trees_all_close(np.where(real[rows], joined, 0), whole[rows], **TOLERANCE)
     # However a row was cut, it ends in one state; it belongs to the last document.
-    ends = jax.tree.map(lambda s: np.asarray(s)[:: len(cuts)].repeat(len(cuts), 0), final)
+    ends = jax.tree.map(lambda s: s[:: len(cuts)].repeat(len(cuts), 0), final)
     chex.assert_trees_all_close(final, ends, **TOLERANCE)
 
     # One token at a time, over the first row, which has no padding.
-    x, positions = case.x[:1], positions_of(SEGMENTS[:1])
-    reset = jnp.asarray(positions == 0)
+    x, reset = np.asarray(case.x)[:1], positions_of(SEGMENTS[:1]) == 0
     ys, stepped = jit(case.stepped)(case.params, x, case.empty(1), reset)
     chex.assert_trees_all_close(ys, whole[:1], **TOLERANCE)
     first_row = jax.tree.map(lambda s: s[:1], final)
@@ -293,6 +299,7 @@ def test_states_continue_exactly(kind, config):
     chex.assert_trees_all_equal_shapes_and_dtypes(stepped, first_row)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(('kind', 'config'), STEPPING)
 def test_state_of_a_call_without_one(kind, config):
     """`return_state` from scratch equals the same from an empty state, and steps go on from it."""
@@ -319,12 +326,12 @@ def test_state_of_a_call_without_one(kind, config):
 def test_is_causal(kind, config):
     """A change of token t moves no output before t, and does move output t."""
     case = case_of(kind, config)
-    x = jnp.broadcast_to(case.x[:1], (LENGTH, LENGTH, WIDTH))
-    moved = x + 0.5 * jnp.eye(LENGTH)[..., None]
+    x = np.broadcast_to(np.asarray(case.x)[:1], (LENGTH, LENGTH, WIDTH))
+    moved = x + np.float32(0.5) * np.eye(LENGTH, dtype=np.float32)[..., None]
     info = make_info(np.ones((LENGTH, LENGTH), np.int32) if case.packs else None, LENGTH)
-    before = case.forward(case.params, x, info)
-    after = case.forward(case.params, moved, info)
-    change = np.abs(np.asarray(after - before)).max(-1)
+    before = np.asarray(case.forward(case.params, x, info))
+    after = np.asarray(case.forward(case.params, moved, info))
+    change = np.abs(after - before).max(-1)
     limit = 0 if config.get('implementation') == 'reference' else REORDERED.get(kind, 0)
     future = change[np.triu_indices(LENGTH, 1)[::-1]]
     assert np.all(future <= limit), 'an output saw the future'
@@ -352,19 +359,29 @@ def test_packed_equals_separate_documents(kind, config):
 
         return jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(params, x)
 
-    (_, packed), (packed_grad, packed_dx) = both(case.params, case.x, info)
-    (_, separate), (separate_grad, separate_dx) = both(case.params, x, make_info(alone))
+    # As many times the two rows as give the number of documents: one shape, compiled once.
+    times = len(rows) // 2
+    assert len(rows) == 2 * times
+    tiled = lambda a: np.tile(a, (times,) + (1,) * (a.ndim - 1))  # noqa: E731
+    info = jax.tree.map(tiled, info)
+    # Results go to numpy at once: an index into a jax array is a program to compile.
+    (_, packed), (packed_grad, packed_dx) = jax.device_get(both(case.params, tiled(case.x), info))
+    packed_grad = jax.tree.map(lambda g: g / times, packed_grad)
+    (_, separate), (separate_grad, separate_dx) = jax.device_get(
+        both(case.params, x, make_info(alone))
+    )
     for i, (b, (at,)) in enumerate(zip(rows, places, strict=True)):
         chex.assert_trees_all_close(packed[b, at], separate[i, : len(at)], **TOLERANCE)
         chex.assert_trees_all_close(packed_dx[b, at], separate_dx[i, : len(at)], **TOLERANCE)
     chex.assert_trees_all_close(packed_grad, separate_grad, atol=1e-4, rtol=1e-3)
-    assert not np.any(np.asarray(packed_dx)[SEGMENTS == 0]), 'padding was read'
+    padding = tiled(SEGMENTS) == 0
+    assert not np.any(packed_dx[padding]), 'padding was read'
     chex.assert_tree_all_finite(packed_grad)
 
     # What stands in the padding does not matter, however large.
-    noisy = jnp.where((SEGMENTS == 0)[..., None], 1e4, case.x)
-    (_, again), _ = both(case.params, noisy, info)
-    chex.assert_trees_all_equal(again[SEGMENTS != 0], packed[SEGMENTS != 0])
+    noisy = np.where(padding[..., None], np.float32(1e4), tiled(case.x))
+    (_, again), _ = jax.device_get(both(case.params, noisy, info))
+    chex.assert_trees_all_equal(again[~padding], packed[~padding])
 
 
 @pytest.mark.ci

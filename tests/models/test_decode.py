@@ -66,7 +66,14 @@ def full_logits(forward):
     return lambda model, tokens: forward(model, tokens, SeqInfo.of(*tokens.shape))[1]
 
 
-@pytest.mark.parametrize('kind', KINDS)
+# The others decode by themselves below, at fewer steps; here in the tier `ci`.
+LONG = [
+    pytest.param(kind, marks=() if kind in ('mha', 'segments') else pytest.mark.ci)
+    for kind in KINDS
+]
+
+
+@pytest.mark.parametrize('kind', LONG)
 def test_prefill_then_256_steps_equal_one_full_forward(make_decoder, full_logits, kind):
     length = 7 + 256
     model = make_decoder(seq_len=length, **KINDS[kind])

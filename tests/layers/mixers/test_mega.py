@@ -88,8 +88,18 @@ def paper(p, x, *, chunk, weights, causal=True):
     return sigmoid(linear('update', m)) * (h - x)
 
 
-@pytest.mark.parametrize('weights', ['softmax', 'laplace'])
-@pytest.mark.parametrize('chunk', [None, 5, 40])
+QUICK = ((5, 'softmax'), (None, 'laplace'))
+FORMS = pytest.mark.parametrize(
+    ('chunk', 'weights'),
+    [
+        pytest.param(chunk, weights, marks=() if (chunk, weights) in QUICK else pytest.mark.ci)
+        for chunk in (None, 5, 40)
+        for weights in ('softmax', 'laplace')
+    ],
+)
+
+
+@FORMS
 def test_against_the_paper(chunk, weights, monkeypatch):
     """The whole, and nine tokens and the rest from their state; queries in blocks of 8."""
     monkeypatch.setattr(mega, 'QUERIES', 8)
@@ -108,8 +118,7 @@ def test_against_the_paper(chunk, weights, monkeypatch):
     np.testing.assert_allclose(joined, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize('weights', ['softmax', 'laplace'])
-@pytest.mark.parametrize('chunk', [None, 5, 40])
+@FORMS
 def test_both_ways_against_the_paper(chunk, weights, monkeypatch):
     """Alone, and packed: chunks count from a document's first token, wherever it stands."""
     monkeypatch.setattr(mega, 'QUERIES', 8)
