@@ -24,9 +24,10 @@ def weights(module: torch.nn.Module) -> dict[str, np.ndarray]:
     beta, rate = np.moveaxis(state['in_proj_ba.weight'].reshape(HEADS, 2, WIDTH), 1, 0)
     # Channels of the joint convolution: all queries, all keys, all values.
     taps = np.split(state['conv1d.weight'][:, 0].T, np.cumsum([HEADS * KEY] * 2), axis=1)
-    out = {f'{n}_conv/kernel': t.reshape(TAPS, HEADS, -1) for n, t in zip(NAMES, taps, strict=True)}
-    for name, w in zip((*NAMES, 'gate'), (q, k, v, gate), strict=True):
-        out[f'{name}/kernel'] = np.moveaxis(w, -1, 0)
+    out = {'gate/linear/kernel': np.moveaxis(gate, -1, 0)}
+    for name, w, t in zip(NAMES, (q, k, v), taps, strict=True):
+        out[f'inputs/{name}/linear/kernel'] = np.moveaxis(w, -1, 0)
+        out[f'inputs/{name}/conv/kernel'] = t.reshape(TAPS, HEADS, -1)
     out['beta/kernel'], out['rate/kernel'] = beta.T, rate.T
     out['rate_bias'], out['log_strength'] = state['dt_bias'], state['A_log']
     out['norm/scale'] = state['norm.weight']

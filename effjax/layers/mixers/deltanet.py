@@ -14,11 +14,16 @@ from effjax.core.keys import branch
 from effjax.kernels import delta_rule
 from effjax.kernels.delta_rule.cost import CHUNK, model_flops
 from effjax.layers.linear import Projection, initializer
-from effjax.layers.mixers.recurrent import Recurrent, State, need_causal
-from effjax.layers.mixers.short_conv import ShortConv
+from effjax.layers.mixers.recurrent import (
+    QueryKeyValue,
+    Recurrent,
+    State,
+    ToHeads,
+    from_heads,
+    matrix_memory,
+    need_causal,
+)
 from effjax.layers.norms import RMSNorm
-
-_CONVOLVED = ('query', 'key', 'value')
 
 
 class DeltaNet(Recurrent):
@@ -66,37 +71,16 @@ class DeltaNet(Recurrent):
         self.width, self.heads, self.policy = ctx.width, heads, ctx.policy
         self.key_dim = key_dim or ctx.width // heads
         self.value_dim = value_dim or self.key_dim
-        self.taps, self.gated, self.negative = conv, gate, negative
+        self.negative = negative
         self.chunk, self.implementation = chunk, implementation
-        sizes = {'query': self.key_dim, 'key': self.key_dim, 'value': self.value_dim}
-        for name, size in sizes.items():
-            setattr(self, name, self._inward(ctx, size, branch(rngs, name)))
-            behind = self._conv(ctx, size, branch(rngs, f'{name}_conv'))
-            setattr(self, f'{name}_conv', behind)
-        self.gate = self._inward(ctx, self.value_dim, branch(rngs, 'gate')) if gate else None
+        self.inputs = QueryKeyValue(
+            ctx, heads, self.key_dim, self.value_dim, conv=conv, activation=jax.nn.silu, rngs=rngs
+        )
+        behind = branch(rngs, 'gate')
+        self.gate = ToHeads(ctx, heads, self.value_dim, rngs=behind) if gate else None
         self.beta = self._by_head(ctx, branch(rngs, 'beta'))
         self.norm = RMSNorm(ctx, self.value_dim, 'head_dim', rngs=rngs)
-        self.out = Projection(
-            ctx,
-            '...hk,hkd->...d',
-            (heads, self.value_dim, ctx.width),
-            ('heads', 'head_dim', 'embed'),
-            bias=False,
-            init=initializer(ctx, heads * self.value_dim, residual=True),
-            rngs=branch(rngs, 'out'),
-        )
-
-    def _inward(self, ctx: Context, size: int, rngs: nnx.Rngs) -> Projection:
-        """A projection [embed, heads, head_dim]."""
-        return Projection(
-            ctx,
-            '...d,dhk->...hk',
-            (ctx.width, self.heads, size),
-            ('embed', 'heads', 'head_dim'),
-            bias=False,
-            init=initializer(ctx, ctx.width),
-            rngs=rngs,
-        )
+        self.out = from_heads(ctx, heads, self.value_dim, rngs=branch(rngs, 'out'))
 
     def _by_head(self, ctx: Context, rngs: nnx.Rngs) -> Projection:
         """A projection [embed, heads]: one number a head."""
@@ -110,31 +94,16 @@ class DeltaNet(Recurrent):
             rngs=rngs,
         )
 
-    def _conv(self, ctx: Context, size: int, rngs: nnx.Rngs) -> ShortConv | None:
-        """The convolution and silu behind a projection, or None without one."""
-        if not self.taps:
-            return None
-        axes = ('heads', 'head_dim')
-        return ShortConv(
-            ctx, (self.heads, size), axes, taps=self.taps, activation=jax.nn.silu, rngs=rngs
-        )
-
     def memory(self, batch: int, dtype: Any) -> State:
         """Returns a matrix [K, V] a head, float32, and the convolutions' last inputs."""
-        shape = (batch, self.heads, self.key_dim, self.value_dim)
-        out = {'matrix': jnp.zeros(shape, _wide(dtype))}
-        for name in _CONVOLVED:
-            conv = getattr(self, f'{name}_conv')
-            if conv is not None:
-                out[name] = conv.memory(batch, dtype)
-        return out
+        matrix = matrix_memory(batch, self.heads, self.key_dim, self.value_dim, dtype)
+        return {'matrix': matrix, **self.inputs.memory(batch, dtype)}
 
     def mix(
         self, x_BTD: jax.Array, info: SeqInfo, memory: State | None, return_memory: bool
     ) -> tuple[jax.Array, State | None]:
         """The delta rule over a stretch of tokens; see `Recurrent.mix`."""
-        new: State = {}
-        q, k, v = (self._convolved(name, x_BTD, info, memory, new) for name in _CONVOLVED)
+        q, k, v, new = self.inputs(x_BTD, info, memory)
         beta = jax.nn.sigmoid(self.beta(x_BTD).astype(_wide(x_BTD.dtype)))
         o, new['matrix'] = delta_rule(
             _unit(q),
@@ -151,19 +120,8 @@ class DeltaNet(Recurrent):
         )
         y = self.norm(o)
         if self.gate is not None:
-            y = y * jax.nn.silu(self.gate(x_BTD))
+            y = y * jax.nn.silu(self.gate.linear(x_BTD))
         return self.out(y), new if return_memory else None
-
-    def _convolved(
-        self, name: str, x_BTD: jax.Array, info: SeqInfo, memory: State | None, new: State
-    ) -> jax.Array:
-        """A projection [B, T, H, .] after convolution and silu; its last inputs enter `new`."""
-        x_BTHK, conv = getattr(self, name)(x_BTD), getattr(self, f'{name}_conv')
-        if conv is None:
-            return jax.nn.silu(x_BTHK)
-        before = None if memory is None else memory[name]
-        y_BTHK, new[name] = conv(x_BTHK, info.segment_ids, before)
-        return y_BTHK
 
     def _log_decay(self, x_BTD: jax.Array) -> jax.Array | None:
         """Log-decays [B, T, H], at most 0, or None."""
@@ -174,12 +132,11 @@ class DeltaNet(Recurrent):
         """Cost of one forward pass; the delta rule by its recurrence, whatever the chunks."""
         tokens, item = batch * seq_len, self.policy.compute_dtype.itemsize
         keys, values = self.heads * self.key_dim, self.heads * self.value_dim
-        inner = 2 * keys + (2 if self.gated else 1) * values
+        gate = values if self.gate is not None else 0
         by_head = self.heads * (2 if self.decays else 1)
-        params = self.width * (inner + by_head + values) + self.value_dim
-        params += self.taps * (2 * keys + values)
+        params = self.inputs.params + self.width * (gate + by_head + values) + self.value_dim
         return Cost(
-            matmul=matmul_flops(tokens, self.width, inner + by_head + values),
+            matmul=matmul_flops(tokens, self.width, self.inputs.columns + gate + by_head + values),
             scan=model_flops(
                 batch, seq_len, self.heads, self.key_dim, self.value_dim, decay=self.decays
             ),
@@ -188,7 +145,9 @@ class DeltaNet(Recurrent):
             # The input, the projections before and after convolution, silu and norm, the output;
             # by head and token float32 rates, the chunks' matrices and solved columns, by chunk a
             # state.
-            activation_bytes=tokens * (self.width + (3 if self.taps else 2) * inner + values) * item
+            activation_bytes=tokens
+            * (self.width + self.inputs.activations + self.inputs.columns + 2 * gate + values)
+            * item
             + 4.0 * tokens * (by_head + self.heads * (4 * self.chunk) + 2 * (keys + values))
             + 4.0 * batch * -(-seq_len // self.chunk) * keys * self.value_dim,
             state_bytes=self.state_bytes(batch, seq_len, self.policy.compute_dtype),

@@ -36,10 +36,11 @@ def paper(p, x, *, negative, gate):
     """DeltaNet for one sequence x [T, D], token by token in float64."""
 
     def inward(name):
-        y = np.einsum('td,dhk->thk', x, p[name]['kernel'])
-        if f'{name}_conv' not in p:
+        own = p['inputs'][name]
+        y = np.einsum('td,dhk->thk', x, own['linear']['kernel'])
+        if 'conv' not in own:
             return silu(y)
-        taps = p[f'{name}_conv']['kernel']
+        taps = own['conv']['kernel']
         out = np.zeros_like(y)
         for t in range(len(y)):
             for back in range(min(t + 1, len(taps))):
@@ -58,7 +59,7 @@ def paper(p, x, *, negative, gate):
             o[t, h] = query @ s / np.sqrt(len(query))
     o = o / np.sqrt(np.mean(o**2, -1, keepdims=True) + 1e-6) * p['norm']['scale']
     if gate:
-        o = o * silu(np.einsum('td,dhk->thk', x, p['gate']['kernel']))
+        o = o * silu(np.einsum('td,dhk->thk', x, p['gate']['linear']['kernel']))
     return np.einsum('thk,hkd->td', o, p['out']['kernel'])
 
 
