@@ -4,6 +4,7 @@ Plain Python: `effjax.costs` imports it without jax.
 """
 
 from effjax.kernels import halving
+from effjax.kernels.linear_recurrence.tpu_plan import plan_for
 
 CHUNK = 64  # tokens of a chunk unless the caller says otherwise
 LEAF = 16  # longest block whose pairs are formed one by one where each key dimension decays alone
@@ -58,7 +59,7 @@ def executed_flops(
     for the recurrence of the states and running sums of decays.
 
     Args:
-      implementation: 'xla' or 'reference'.
+      implementation: 'pallas_tpu', 'xla' or 'reference'.
       batch: rows B.
       length: tokens T.
       heads: value heads H.
@@ -67,8 +68,16 @@ def executed_flops(
       decay: 'none', 'scalar' ([B, T, H]) or 'vector' ([B, T, H, K]).
       bonus: whether there is one.
       groups: query and key heads; None means H. Vector decays and bonuses repeat them.
-      chunk: tokens of a chunk.
+      chunk: tokens of a chunk of 'xla'; 'pallas_tpu' has its own, here those for bfloat16.
     """
+    if implementation == 'pallas_tpu':
+        dims = (length, heads, groups or heads, key_dim, value_dim)
+        plan = plan_for(*dims, decay=decay, strict=bonus, itemsize=2)
+        if plan is None:
+            raise ValueError(f'linear_recurrence: pallas_tpu has no plan for {dims}.')
+        chunks = batch * -(-length // plan.size)
+        sums = 0 if decay == 'none' else 2.0 * plan.size * heads  # by XLA, before the kernel
+        return chunks * (plan.forward_flops + sums)
     state = key_dim * value_dim
     if implementation == 'reference':
         return 4.0 * batch * length * heads * state

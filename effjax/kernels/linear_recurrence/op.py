@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from effjax.kernels import choice
-from effjax.kernels.linear_recurrence import cost, problem, reference, xla
+from effjax.kernels.linear_recurrence import cost, problem, reference, tpu, xla
 
-_IMPLEMENTATIONS = {'xla': xla, 'reference': reference}
+_IMPLEMENTATIONS = {'pallas_tpu': tpu, 'xla': xla, 'reference': reference}
 
 
 def linear_recurrence(
@@ -50,22 +50,24 @@ def linear_recurrence(
         back in a row once another has followed it. None: one document a row.
       return_state: also return the state of the row's last document after its last token.
       chunk: tokens of a chunk of 'xla'; changes speed, memory and rounding only.
-      implementation: 'xla', 'reference', or None for the best that can run.
+      implementation: 'pallas_tpu', 'xla', 'reference', or None for the best that can run.
 
     Returns:
       o [B, T, H, V] in the dtype of q, or (o, state [B, H, K, V]) with the state in float32.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: shapes that do not fit, an implementation that is unknown or cannot run here.
     """
     problem.check(q, k, v, log_decay, bonus, initial_state, segment_ids, chunk)
+    kind = problem.decay_kind(log_decay)
+    refused = tpu.refuse(q, v, kind, bonus is not None)
     chosen = choice.pick(
         'linear_recurrence',
         implementation,
-        dict.fromkeys(_IMPLEMENTATIONS),
+        {'pallas_tpu': refused, 'xla': None, 'reference': None},
         shape=(*q.shape, *v.shape[2:]),
         dtype=q.dtype.name,
-        decay=problem.decay_kind(log_decay),
+        decay=kind,
     )
     with jax.named_scope(f'linear_recurrence_{chosen}'):
         prepared = problem.prepare(q, k, v, log_decay, bonus, scale, initial_state, segment_ids)

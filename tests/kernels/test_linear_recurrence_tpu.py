@@ -1,0 +1,297 @@
+"""Linear recurrences on TPUs: in the TPU interpreter against float64, and compiled ahead."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+
+from effjax.costs import walk
+from effjax.kernels import last_choice, linear_recurrence, target
+from effjax.kernels.linear_recurrence import cost, tpu_plan
+
+B, T = 2, 41
+# Documents end at a chunk's end (16) and inside; padding stands before, between and after.
+SEGMENTS = np.repeat(
+    np.array([[1, 0, 2, 3, 4, 5], [0, 1, 2, 0, 2, 0]], np.int32), [4, 3, 9, 5, 12, 8], axis=1
+)
+# (heads, query heads, K, V), decay, bonus
+CASES = {
+    'none': ((2, 2, 5, 3), None, False),
+    'head': ((3, 3, 5, 3), 'head', False),
+    'scalar': ((2, 2, 5, 3), 'scalar', False),
+    'scalar_bonus': ((2, 2, 5, 3), 'scalar', True),
+    'none_bonus': ((1, 1, 5, 3), None, True),
+    'groups_in_a_step': ((4, 2, 5, 3), 'scalar', False),
+    'steps_in_a_group': ((6, 1, 5, 3), 'scalar', False),
+    'groups_none': ((2, 1, 5, 3), None, False),
+    'whole_lanes': ((1, 1, 128, 256), 'scalar', False),
+}
+
+
+def inputs(name, seed=0, strength=0.3):
+    """A dict of float32 arrays; some are None."""
+    (heads, groups, key_dim, value_dim), decay, bonus = CASES[name]
+    rng = np.random.default_rng(seed)
+    decays = {'head': (heads,), 'scalar': (B, T, heads)}
+    out = {
+        'q': rng.normal(size=(B, T, groups, key_dim)) / key_dim**0.5,
+        'k': rng.normal(size=(B, T, groups, key_dim)),
+        'v': rng.normal(size=(B, T, heads, value_dim)),
+        'log_decay': -rng.exponential(strength, size=decays[decay]) if decay else None,
+        'bonus': rng.normal(size=(heads, key_dim)) if bonus else None,
+        'initial_state': rng.normal(size=(B, heads, key_dim, value_dim)),
+    }
+    return {n: None if x is None else x.astype(np.float32) for n, x in out.items()}
+
+
+def loss(arrays, segments, implementation):
+    """A number that needs every output and the last state, and both of them."""
+    o, last = linear_recurrence(
+        **arrays, segment_ids=segments, return_state=True, implementation=implementation
+    )
+    weight = np.random.default_rng(9).normal(size=last.shape).astype(np.float32)
+    return jnp.sum(jnp.sin(o.astype(jnp.float32))) + jnp.sum(jnp.sin(last) * weight), (o, last)
+
+
+def run(arrays, segments, implementation='pallas_tpu'):
+    """((o, last), gradients); chunks of 16 tokens in the interpreter of TPU kernels."""
+    both = jax.value_and_grad(functools.partial(loss, implementation=implementation), has_aux=True)
+    if implementation != 'pallas_tpu':
+        (_, out), grads = jax.jit(both)(arrays, segments)
+        return out, grads
+    params = pltpu.InterpretParams(detect_races=True)  # raises on one; what is unwritten is NaN
+    with target('tpu'), pltpu.force_tpu_interpret_mode(params):
+        (_, out), grads = jax.block_until_ready(jax.jit(both)(arrays, segments))
+    return out, grads
+
+
+def truth(arrays, segments):
+    """The same by the token loop in float64."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arrays)
+        return jax.tree.map(np.asarray, run(wide, segments, 'reference'))
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    monkeypatch.setattr(tpu_plan, 'CHUNK', 16)
+
+
+EVERY = [
+    pytest.param(name, segments, marks=[] if (name, segments) == ('scalar', True) else [ci])
+    for ci in (pytest.mark.ci,)
+    for name in CASES
+    for segments in (True, False)
+]
+
+
+@pytest.mark.parametrize(('name', 'segments'), EVERY)
+def test_values_and_gradients_in_the_interpreter(name, segments):
+    arrays, ids = inputs(name), SEGMENTS if segments else None
+    got, expected = run(arrays, ids), truth(arrays, ids)
+    assert last_choice('linear_recurrence')['implementation'] == 'reference'
+    # float32 sums of tens of terms, some of order 10
+    chex.assert_trees_all_close(got, expected, atol=1e-4, rtol=1e-4)
+    if segments:
+        assert not any(np.any(np.asarray(got[1][n])[SEGMENTS == 0]) for n in 'qkv')
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize('name', ['scalar', 'none_bonus', 'steps_in_a_group'])
+def test_bfloat16_inputs(name):
+    arrays = {
+        n: x if x is None or n in ('log_decay', 'initial_state') else np.asarray(jnp.bfloat16(x))
+        for n, x in inputs(name).items()
+    }
+    (o, last), grads = run(arrays, SEGMENTS)
+    assert o.dtype == grads['q'].dtype == grads['v'].dtype == jnp.bfloat16
+    assert last.dtype == grads['initial_state'].dtype == jnp.float32
+    (wide_o, wide_last), wide_grads = truth(arrays, SEGMENTS)
+    errors = jax.tree.map(
+        lambda a, b: np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b),
+        (o, last, grads),
+        (wide_o, wide_last, wide_grads),
+    )
+    # 8 bits of each factor
+    assert max(jax.tree.leaves(errors)) < 0.02, errors
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize('name', ['scalar', 'scalar_bonus'])
+@pytest.mark.parametrize('strength', [0.0, -50.0, -np.inf])
+def test_extreme_decays_stay_finite_and_right(name, strength):
+    """Every third token decays by so much, the others a little: those must stay exact."""
+    arrays = inputs(name, seed=4)
+    arrays['log_decay'][:, ::3] = strength
+    got = run(arrays, None)
+    with jax.enable_x64(True):
+        finite = {**arrays, 'log_decay': np.maximum(arrays['log_decay'], -1e4)}
+    expected = truth(finite, None)
+    chex.assert_trees_all_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.ci
+def test_padding_is_never_read_and_a_row_of_padding_keeps_its_state():
+    arrays = inputs('scalar', seed=5)
+    noisy = dict(arrays)
+    for n in ('q', 'k', 'v', 'log_decay'):
+        mask = (SEGMENTS == 0).reshape(B, T, *[1] * (arrays[n].ndim - 2))
+        noisy[n] = np.where(mask, np.nan, arrays[n])
+    clean, dirty = run(arrays, SEGMENTS), run(noisy, SEGMENTS)
+    chex.assert_trees_all_equal(clean, dirty)
+    (o, last), _ = run(arrays, np.zeros((B, T), np.int32))
+    chex.assert_trees_all_equal(np.asarray(last), arrays['initial_state'])
+    assert not np.any(o)
+
+
+@pytest.mark.ci
+def test_under_vmap_scan_and_remat(monkeypatch):
+    """As models call it: stacked layers that recompute, seeds side by side."""
+    # The interpreter of TPU kernels has side effects, which rematerialisation refuses.
+    monkeypatch.setattr(pl, 'pallas_call', functools.partial(pl.pallas_call, interpret=True))
+    arrays = inputs('scalar', seed=6)
+    names = ('q', 'k', 'v', 'log_decay')
+
+    def model(implementation, q, k, v, log_decay):
+        def layer(v, _):
+            f = functools.partial(linear_recurrence, implementation=implementation)
+            return v + f(q, k, v, log_decay, segment_ids=SEGMENTS) / 8, None
+
+        saved = jax.checkpoint_policies.save_only_these_names('linear_recurrence_out')
+        v, _ = jax.lax.scan(jax.checkpoint(layer, policy=saved), v, length=2)
+        return jnp.sum(jnp.sin(v))
+
+    args = [np.stack([arrays[n], arrays[n] / 2]) for n in names]
+    f = jax.vmap(jax.grad(functools.partial(model, 'xla'), (0, 1, 2, 3)))
+    expected = jax.jit(f)(*args)
+    f = jax.vmap(jax.grad(functools.partial(model, 'pallas_tpu'), (0, 1, 2, 3)))
+    with target('tpu'):
+        got = jax.block_until_ready(jax.jit(f)(*args))
+    chex.assert_trees_all_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def shapes(batch, length, heads, groups, key_dim, value_dim, dtype=jnp.bfloat16, sharding=None):
+    """Abstract arguments of a call with decays a token, documents and an initial state."""
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    qk = array((batch, length, groups, key_dim), dtype)
+    arrays = {
+        'q': qk,
+        'k': qk,
+        'v': array((batch, length, heads, value_dim), dtype),
+        'log_decay': array((batch, length, heads), jnp.float32),
+        'initial_state': array((batch, heads, key_dim, value_dim), jnp.float32),
+    }
+    return arrays, array((batch, length), jnp.int32)
+
+
+def test_lowers_for_tpu(monkeypatch):
+    monkeypatch.undo()
+    f = jax.value_and_grad(lambda *a: loss(*a, None), has_aux=True)
+    with target('tpu'):
+        lowered = jax.jit(f).trace(*shapes(2, 300, 4, 2, 64, 64)).lower(lowering_platforms=('tpu',))
+        assert last_choice('linear_recurrence')['implementation'] == 'pallas_tpu'
+    text = lowered.as_text()
+    assert text.count('tpu_custom_call') == 2  # forward and backward
+    assert 'tensor<2x384x512xbf16>' in text  # whole chunks and lanes, heads side by side
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
+@pytest.mark.parametrize(
+    ('dims', 'dtype'),
+    [
+        ((8, 4096, 16, 16, 128, 128), 'bfloat16'),
+        ((1, 1000, 4, 4, 256, 512), 'bfloat16'),
+        ((1, 1000, 6, 1, 128, 64), 'float32'),
+    ],
+)
+def test_compiles_for_a_tpu_ahead(topology, dims, dtype, monkeypatch):
+    libtpu = pytest.importorskip('libtpu', reason='needs libtpu, of the extra effjax[tpu]')
+    monkeypatch.undo()
+    for name, value in {
+        'TPU_SKIP_MDS_QUERY': '1',
+        'TPU_LIBRARY_PATH': libtpu.get_library_path(),
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    }.items():
+        monkeypatch.setenv(name, value)
+    device = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[0]
+    args = shapes(*dims, dtype, jax.sharding.SingleDeviceSharding(device))
+    f = jax.value_and_grad(lambda *a: loss(*a, 'pallas_tpu'), has_aux=True)
+    with target('tpu'):
+        compiled = jax.jit(f).lower(*args).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    batch, length, heads, _, key_dim, value_dim = dims
+    tokens = batch * length * heads * (key_dim + value_dim) * 4
+    states = batch * -(-length // 128) * heads * key_dim * value_dim * 4
+    # The states of all chunks and some copies of what comes in and goes out.
+    assert compiled.memory_analysis().temp_size_in_bytes < states + 4 * tokens
+
+
+@pytest.mark.parametrize('dims', [(2, 300, 4, 2, 64, 64), (1, 40, 6, 1, 128, 200)])
+def test_costs_against_the_walk(dims, monkeypatch):
+    monkeypatch.undo()
+    (arrays, _), (batch, length, heads, groups, key_dim, value_dim) = shapes(*dims), dims
+    f = functools.partial(linear_recurrence, implementation='pallas_tpu')
+    keys = dict(decay='scalar', groups=groups)
+    with target('tpu'):
+        walked = walk(lambda a: f(**a), arrays)
+        both = walk(jax.grad(lambda a: jnp.sum(f(**a).astype(jnp.float32))), arrays)
+    expected = cost.executed_flops('pallas_tpu', batch, length, heads, key_dim, value_dim, **keys)
+    assert walked.total == expected
+    assert 2 < both.kind('kernel') / walked.kind('kernel') < 4
+
+
+def test_chunks_are_bounded_by_memory(monkeypatch):
+    monkeypatch.undo()
+    assert tpu_plan.chunk_size(4096, 128, 128, 2) == 128
+    assert tpu_plan.chunk_size(41, 128, 128, 2) == 48
+    assert tpu_plan.chunk_size(4096, 256, 512, 4) == 128
+    assert tpu_plan.chunk_size(4096, 1024, 512, 4) < 128
+    assert tpu_plan.chunk_size(4096, 2048, 2048, 2) is None
+    for dims in ((128, 128), (256, 512), (1024, 512)):
+        plan = tpu_plan.plan_for(4096, 16, 16, *dims, decay='scalar', strict=False, itemsize=2)
+        taken = tpu_plan.vmem_bytes(plan.size, plan.block, *dims, 2)
+        assert taken <= tpu_plan.BUDGET and plan.size % 16 == 0
+
+
+def test_what_cannot_run_is_said():
+    def chosen(**kw):
+        arrays, _ = shapes(1, 64, 2, 2, 16, 16)
+        with target('tpu'):
+            jax.eval_shape(lambda a: linear_recurrence(**a), {**arrays, **kw})
+        return last_choice('linear_recurrence')
+
+    def like(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    assert chosen()['implementation'] == 'pallas_tpu'
+    half = {n: like(1, 64, 2, 16, dtype=jnp.float16) for n in 'qkv'}
+    for change, why in (
+        (half, 'it takes bfloat16 or float32, not float16'),
+        ({'log_decay': like(1, 64, 2, 16, dtype=jnp.float32)}, 'no decay for each key dimension'),
+        (
+            {
+                **{n: like(1, 64, 2, 4096) for n in 'qkv'},
+                'initial_state': like(1, 2, 4096, 4096, dtype=jnp.float32),
+            },
+            'a state of 4096 x 4096 leaves too little VMEM',
+        ),
+    ):
+        choice = chosen(**change)
+        assert choice['implementation'] == 'xla'
+        assert why in choice['refused']['pallas_tpu']
+    mesh = jax.sharding.AbstractMesh((2,), ('data',))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert (
+            'along the mesh axes data: call it in a shard_map'
+            in (chosen()['refused']['pallas_tpu'])
+        )
+    x = np.zeros((1, 4, 1, 4), np.float32)
+    with pytest.raises(ValueError, match='cannot run as .pallas_tpu.: it needs a TPU, not cpu'):
+        linear_recurrence(x, x, x, implementation='pallas_tpu')
