@@ -4,6 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from effjax.core.errors import DataError
 
 
 @jax.tree_util.register_dataclass
@@ -28,13 +31,18 @@ class SeqInfo:
 
     Attributes:
       positions: int32 [B, T]; the position inside its document, restarting at 0 in each.
-      segment_ids: int32 [B, T] or None; the document of each token, from 1; 0 is padding.
-        Nothing may cross a change of segment. None means one document a row and no padding.
+      segment_ids: int32 [B, T] or None; the document of each token, from 1 upwards along the row;
+        0 is padding. Nothing may cross a change of segment. None means one document a row and no
+        padding.
       rng: a jax PRNG key for dropout and other noise, or None where nothing is random.
       train: static; True while training.
       groups: int32 [B, T] or None; the part of the text, such as a sentence, that a token belongs
         to, numbered from 0 along the row, each within one document; -1: none. A model with global
         tokens has one for each, which stand in front of the row with their own numbers.
+
+    Raises:
+      DataError: ids that decrease along a row, where their values are known: in a compiled function
+        they are not.
     """
 
     positions: jax.Array
@@ -42,6 +50,17 @@ class SeqInfo:
     rng: jax.Array | None = None
     train: bool = dataclasses.field(default=False, metadata={'static': True})
     groups: jax.Array | None = None
+
+    def __post_init__(self):
+        ids = self.segment_ids
+        known = isinstance(ids, np.ndarray) or (
+            isinstance(ids, jax.Array)
+            and not isinstance(ids, jax.core.Tracer)
+            and ids.is_fully_addressable
+        )
+        # Global tokens in front of a row, which groups go with, number its documents once more.
+        if known and self.groups is None:
+            _check_order(np.asarray(ids))
 
     @classmethod
     def of(cls, batch: int, length: int, **kw) -> 'SeqInfo':
@@ -57,3 +76,17 @@ class SeqInfo:
         for d in data:
             rng = jax.random.fold_in(rng, d)
         return dataclasses.replace(self, rng=rng)
+
+
+def _check_order(ids: np.ndarray) -> None:
+    """Raises DataError where ids [..., T] decrease: a mixer could not tell a document's return."""
+    before = np.maximum.accumulate(ids, axis=-1)
+    wrong = np.argwhere((ids != 0) & (ids < before))
+    if len(wrong):
+        *row, token = map(int, wrong[0])
+        where = (*row, token)
+        raise DataError(
+            f'segment_ids decrease along row {", ".join(map(str, row)) or 0}: token {token} is of '
+            f'document {ids[where]} behind one of {before[where]}; number the documents of a row '
+            'upwards from 1, with 0 for padding.'
+        )

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -68,3 +69,23 @@ def test_commands_print_one_line_and_no_traceback(capsys):
     assert capsys.readouterr().err == 'error: line one line two.\n'
     with pytest.raises(ConfigError):
         command.run_command(fail, ['--traceback'])
+
+
+def test_documents_are_numbered_upwards():
+    """Ids that decrease are refused where their values are known, and where they stand is said."""
+    place = np.zeros((2, 5), np.int32)
+    fine = np.array([[1, 1, 0, 2, 2], [0, 3, 3, 7, 0]])
+    for ids in (fine, jnp.asarray(fine), None):
+        SeqInfo(place, ids)
+    back = np.array([[1, 1, 0, 2, 2], [1, 2, 0, 1, 1]])
+    message = (
+        'segment_ids decrease along row 1: token 3 is of document 1 behind one of 2; number the '
+        'documents of a row upwards from 1'
+    )
+    for ids in (back, jnp.asarray(back)):
+        with pytest.raises(ValueError, match=message):
+            SeqInfo(place, ids)
+        with pytest.raises(ValueError, match=message):
+            SeqInfo.of(2, 5, segment_ids=ids)
+    # A compiled function does not know them: there a document's number is all that is compared.
+    assert jax.jit(lambda ids: SeqInfo(place, ids).segment_ids)(back).shape == (2, 5)

@@ -54,6 +54,7 @@ class Attention(nnx.Module):
 
     causal: bool = True
     supports = frozenset({'packing', 'stepping', 'bidirectional', 'context'})
+    name: str = 'attention'
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Attention(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        _check(ctx, heads, kv_heads, head_dim, window, attention_dropout)
+        _check(self.name, ctx, heads, kv_heads, head_dim, window, attention_dropout)
         self.width, self.heads, self.kv_heads = ctx.width, heads, kv_heads or heads
         self.head_dim = head_dim or ctx.width // heads
         self.causal, self.window, self.max_len = ctx.causal, window, ctx.max_len
@@ -137,6 +138,7 @@ class Attention(nnx.Module):
             self._need_causal('decoding state')
         q, k, v = self._project(x_BTD, info)
         if state is not None:
+            self.check_state(state)
             o, state = self._continue(q, k, v, info, state)
         else:
             o = self._parallel(q, k, v, info)
@@ -154,10 +156,16 @@ class Attention(nnx.Module):
         """Advances every row by one token; returns (y [B, D], state)."""
         chex.assert_rank(x_BD, 2)
         self._need_causal('step')
-        info = kv.next_token(state, reset)
+        info = kv.next_token(self.check_state(state), reset)
         q, k, v = self._project(x_BD[:, None], info)
         o, state = self._advance(q, k, v, info, state)
         return self._output(o)[:, 0], state
+
+    def check_state(self, state: State) -> State:
+        """Returns the state; one of another mixer or other sizes raises ConfigError."""
+        slots = state['key'].shape[1] if 'key' in state else 1
+        make = lambda batch: self.init_state(batch, slots, jnp.float32)  # noqa: E731
+        return kv.check_state(self.name, state, make)
 
     def kv_bytes(self, batch: int, max_len: int, dtype: Any) -> int:
         """Bytes of the cached keys and values alone."""
@@ -210,7 +218,7 @@ class Attention(nnx.Module):
     def _need_causal(self, what: str) -> None:
         if not self.causal:
             raise ConfigError(
-                f'attention over both directions has no {what}: it needs the whole sequence at '
+                f'{self.name} over both directions has no {what}: it needs the whole sequence at '
                 'once; use a causal model to decode.'
             )
 
@@ -277,7 +285,7 @@ class Attention(nnx.Module):
         """Cross-attention (arXiv 1706.03762): queries of x, keys and values of the context."""
         if 'context' not in self.supports:
             raise ConfigError(
-                f'{type(self).__name__} reads its own sequence only: it takes no context; use '
+                f'{self.name} reads its own sequence only: it takes no context; use '
                 "mixer.kind='attention'."
             )
         if state is not None or keep:
@@ -369,6 +377,7 @@ class Attention(nnx.Module):
 
 
 def _check(
+    name: str,
     ctx: Context,
     heads: int,
     kv_heads: int | None,
@@ -378,14 +387,13 @@ def _check(
 ) -> None:
     if heads < 1 or (head_dim is None and ctx.width % heads):
         raise ConfigError(
-            f'attention: heads {heads} do not divide width {ctx.width}; change heads or give '
-            'head_dim.'
+            f'{name}: heads {heads} do not divide width {ctx.width}; change heads or give head_dim.'
         )
     if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
-        raise ConfigError(f'attention: kv_heads {kv_heads} do not divide heads {heads}.')
+        raise ConfigError(f'{name}: kv_heads {kv_heads} do not divide heads {heads}.')
     if head_dim is not None and head_dim < 1:
-        raise ConfigError(f'attention: head_dim must be at least 1, got {head_dim}.')
+        raise ConfigError(f'{name}: head_dim must be at least 1, got {head_dim}.')
     if window is not None and window < 1:
-        raise ConfigError(f'attention: window must be at least 1, got {window}.')
+        raise ConfigError(f'{name}: window must be at least 1, got {window}.')
     if not 0 <= dropout < 1:
-        raise ConfigError(f'attention: attention_dropout must be in [0, 1), got {dropout}.')
+        raise ConfigError(f'{name}: attention_dropout must be in [0, 1), got {dropout}.')

@@ -13,11 +13,13 @@ A slot's token number and document follow from these, so that nothing else is ke
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 
 Cache = dict[str, jax.Array]
@@ -33,6 +35,23 @@ def init(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Ca
         'segment': jnp.zeros(batch, jnp.int32),
         'position': jnp.full(batch, -1, jnp.int32),
     }
+
+
+def check_state(name: str, state: Cache, make: Callable[[int], Cache]) -> Cache:
+    """Returns a mixer's state, whatever it remembers, if `make(batch)` has arrays of its shapes.
+
+    Raises:
+      ConfigError: it is not a state of the mixer called `name`, or of another size.
+    """
+    batch = len(state['segment']) if 'segment' in state else 0
+    wanted = {key: x.shape for key, x in jax.eval_shape(lambda: make(batch)).items()}
+    found = {key: x.shape for key, x in state.items()}
+    if found != wanted:
+        raise ConfigError(
+            f'{name} got the state of another config: arrays {found} where it keeps {wanted}; make '
+            'one with init_state.'
+        )
+    return state
 
 
 def kv_bytes(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> int:

@@ -58,6 +58,7 @@ class ETC(Attention):
     causal = False
     supports = frozenset({'packing', 'bidirectional', 'globals'})
     directed = True
+    name = 'etc'
 
     def __init__(
         self,

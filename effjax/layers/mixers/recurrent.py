@@ -26,7 +26,7 @@ from effjax.core.info import SeqInfo
 from effjax.core.keys import branch
 from effjax.core.trees import nbytes
 from effjax.layers.linear import Projection, initializer
-from effjax.layers.mixers.cache import last_real, next_token, segments
+from effjax.layers.mixers.cache import check_state, last_real, next_token, segments
 from effjax.layers.mixers.short_conv import ShortConv
 
 State = dict[str, jax.Array]
@@ -79,8 +79,8 @@ class Recurrent(nnx.Module):
         chex.assert_shape(info.positions, x_BTD.shape[:2])
         if context is not None:
             raise ConfigError(
-                f'{self.name} reads its own sequence only: it takes no context; use a '
-                'cross-attention mixer.'
+                f'{self.name} reads its own sequence only: it takes no context; use '
+                "mixer.kind='attention'."
             )
         if state is None and not return_state:
             return self.mix(x_BTD, info, None, False)[0], None, {}
@@ -124,17 +124,9 @@ class Recurrent(nnx.Module):
         Raises:
           ConfigError: it is not a state of this mixer, or of another size.
         """
-        batch = len(state['segment']) if 'segment' in state else 0
         length = self.state_length(state)
-        wanted = jax.eval_shape(lambda: self.init_state(batch, length, jnp.float32))
-        shapes = {name: x.shape for name, x in wanted.items()}
-        found = {name: x.shape for name, x in state.items()}
-        if shapes != found:
-            raise ConfigError(
-                f'{self.name} got the state of another config: arrays {found} where it keeps '
-                f'{shapes}; make one with init_state.'
-            )
-        return state
+        make = lambda batch: self.init_state(batch, length, jnp.float32)  # noqa: E731
+        return check_state(self.name, state, make)
 
 
 class ToHeads(nnx.Module):

@@ -119,8 +119,8 @@ class Reformer(nnx.Module):
         chex.assert_shape(info.positions, x_BTD.shape[:2])
         if context is not None:
             raise ConfigError(
-                'reformer reads its own sequence only: it takes no context; use a cross-attention '
-                'mixer.'
+                'reformer reads its own sequence only: it takes no context; use '
+                "mixer.kind='attention'."
             )
         if state is not None or return_state:
             self._refuse('decoding state')

@@ -35,6 +35,7 @@ class ShapedAttention(Attention):
     """
 
     supports = frozenset({'packing', 'stepping', 'bidirectional'})
+    name = 'shaped_attention'
 
     def __init__(
         self,

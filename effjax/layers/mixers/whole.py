@@ -56,8 +56,8 @@ class WholeRow(Attention):
             )
         if context is not None:
             raise ConfigError(
-                f'{self.name} reads its own sequence only: it takes no context; use a '
-                'cross-attention mixer.'
+                f'{self.name} reads its own sequence only: it takes no context; use '
+                "mixer.kind='attention'."
             )
         if x_BTD.shape[1] > self.max_len:
             raise ConfigError(
