@@ -70,6 +70,29 @@ def test_a_plan_holds_each_allowed_pair_once(spec, length):
     assert pairs(spec, length) == dense.sum()
 
 
+@pytest.mark.parametrize('length', [65, 300])
+@pytest.mark.parametrize('spec', [*ONE.values(), SPECS['longnet'].branches[1]])
+def test_only_blocks_that_hold_a_pair_are_scored(spec, length):
+    """A plan names no block of the ordered mask that is empty, and each that is not, once."""
+    made, dense = plan(spec, length), spec.dense(length)
+    tokens = made.order.reshape(len(made.table), -1)
+
+    def full(dense):
+        return {
+            (n, m)
+            for n, mine in enumerate(tokens)
+            for m, theirs in enumerate(tokens)
+            if dense[np.ix_(mine[mine >= 0], theirs[theirs >= 0])].any()
+        }
+
+    named = [(n, int(m)) for n, blocks in enumerate(made.table) for m in blocks if m >= 0]
+    assert len(set(named)) == len(named) and set(named) <= full(dense)
+    # What all see, and who sees all, is scored beside the blocks.
+    rest = dense.copy()
+    rest[:, made.shared], rest[made.rows] = False, False
+    assert full(rest) <= set(named)
+
+
 def test_masks_mean_what_they_say():
     rows = MaskSpec(False, segment=3).dense(6)
     np.testing.assert_array_equal(rows, np.kron(np.eye(2), np.ones((3, 3))))

@@ -527,6 +527,25 @@ def test_costs_count_the_real_thing(kind, config):
     )
 
 
+# Mixers whose published claim is a decoding state that no length makes larger.
+CONSTANT = (
+    'based', 'deltanet', 'gated_deltanet', 'gla', 'linear_attention', 'mamba', 'mamba2',
+    'polysketch', 'retnet', 'rg_lru', 'rwkv4', 'rwkv6', 'rwkv7', 's4', 's4d', 's5',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', CONSTANT)
+def test_state_does_not_grow_with_the_length(kind):
+    """Neither what is counted nor the arrays; attention's cache does."""
+    mixer = case_of(kind, CONFIGS[kind][0]).mixer
+    for length in (1, 64, 65536):
+        state = jax.eval_shape(lambda n=length: mixer.init_state(2, n, jnp.bfloat16))
+        assert mixer.state_bytes(2, length, jnp.bfloat16) == nbytes(state)
+        assert nbytes(state) == mixer.state_bytes(2, 8, jnp.bfloat16)
+    cache = case_of('attention', CONFIGS['attention'][0]).mixer
+    assert cache.kv_bytes(2, 65536, jnp.bfloat16) == 1024 * cache.kv_bytes(2, 64, jnp.bfloat16)
+
+
 @pytest.mark.parametrize(('kind', 'config'), CASES)
 def test_says_what_it_cannot_do(kind, config):
     case = case_of(kind, config)

@@ -14,6 +14,7 @@ from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 from effjax.core.policy import Policy
 from effjax.core.trees import nbytes
+from effjax.costs import walk
 from effjax.kernels import MaskSpec, attention, last_choice
 from effjax.layers.mixers.attention import Attention
 from effjax.layers.mixers.bigbird import BigBird
@@ -94,6 +95,54 @@ def test_random_blocks_differ_by_head_and_seed():
     same, again = make(BigBird, block=4, kv_heads=1).mask()
     assert same == again
     assert make(BigBird, block=4, seed=1).mask()[0] != first
+    # The seed fixes them: another model of that seed draws the same blocks, and no rng is read.
+    assert make(BigBird, block=4).mask() == (first, second)
+    np.testing.assert_array_equal(make(BigBird, block=4).mask()[0].dense(40), first.dense(40))
+
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_longformer_that_reaches_over_the_row_is_attention(causal):
+    wide, plain = make(Longformer, causal, reach=50, global_tokens=0), make(Attention, causal)
+    x = jax.random.normal(jax.random.key(0), (2, 50, 12))
+    info = SeqInfo.of(2, 50)
+    np.testing.assert_allclose(wide(x, info=info)[0], plain(x, info=info)[0], atol=2e-6)
+
+
+LINEAR = [
+    (Longformer, {'reach': 32, 'global_tokens': 2}),
+    (BigBird, {'block': 16, 'random': 2}),
+    (LongNet, {'segments': (32, 64), 'dilations': (1, 2)}),
+]
+
+
+@pytest.mark.parametrize(('kind', 'sizes'), LINEAR, ids=['longformer', 'bigbird', 'longnet'])
+def test_cost_and_memory_are_linear_in_the_length(kind, sizes):
+    """Twice the tokens: twice the model's FLOPs and those that run, arrays at most so."""
+
+    def measured(length):
+        ctx = Context(width=12, policy=Policy(), causal=False, max_len=length, init='lecun')
+        mixer = kind(ctx, heads=2, **sizes, rngs=nnx.Rngs(0))
+        x = jax.ShapeDtypeStruct((1, length, 12), jnp.float32)
+        run = lambda x: mixer(x, info=SeqInfo.of(1, length))[0].sum()  # noqa: E731
+        arrays = _sizes(jax.make_jaxpr(jax.grad(run))(x).jaxpr)
+        return mixer.cost(1, length).model_flops, walk(run, x).total, max(arrays)
+
+    # The ends of a row see less than its middle: a few percent beside the factor of 2.
+    *flops, array = (
+        twice / once for once, twice in zip(measured(2048), measured(4096), strict=True)
+    )
+    assert all(1.9 < ratio < 2.1 for ratio in flops) and array < 2.1
+
+
+def _sizes(jaxpr):
+    """Number of elements of every array that a program makes."""
+    for eqn in jaxpr.eqns:
+        yield from (v.aval.size for v in eqn.outvars if hasattr(v.aval, 'size'))
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, 'eqns')
+        ):
+            inner = getattr(value, 'jaxpr', value)
+            yield from _sizes(inner) if hasattr(inner, 'eqns') else ()
 
 
 def test_longnet_of_one_whole_segment_is_attention():

@@ -83,6 +83,13 @@ def test_against_the_paper(segment, memory):
         np.testing.assert_allclose(y, expected, **close)
 
 
+def test_segments_that_remember_all_equal_one_window():
+    """One layer in segments of 4 with a memory of the whole row, and one segment of the row."""
+    x, info = inputs(), SeqInfo.of(2, LENGTH)
+    whole = make(segment=64)(x, info=info)[0]
+    np.testing.assert_allclose(make(memory=20)(x, info=info)[0], whole, atol=2e-5, rtol=1e-4)
+
+
 def test_gradients_stay_in_their_segment():
     """A token moves the next segment's outputs, whose gradient does not reach it."""
     mixer, x = make(memory=3), inputs(1)
