@@ -6,6 +6,9 @@ Python and trains anywhere: after 1000 of its steps, half an hour on two busy co
 masked token cost 4.98 nats and one in six was found. `base` and `large` are the published shapes.
 `linformer`, `nystromformer`, `reformer` and `etc` are the tiny one with that mixer: how it is used,
 and no word on its quality. `etc` has 8 global tokens, one for each 16 of a row, and no positions.
+`roberta` is the tiny one by RoBERTa's recipe (arXiv 1907.11692): byte-level BPE, full rows of text,
+twice the rows a step. Masks are drawn anew each time a row comes, as in all of these;
+`--config.task.dynamic=false` keeps a row's masks.
 
     python -m effjax.train --config=configs/bert.py:linformer
 """
@@ -30,21 +33,22 @@ AROUND = {'etc': dict(positions=dict(kind='none'), globals=dict(tokens=8, every=
 
 
 def get_config(variant='tiny'):
-    if variant not in SIZES and variant not in MIXERS:
+    if variant not in SIZES and variant not in MIXERS and variant != 'roberta':
         from effjax.core.errors import ConfigError
 
-        known = ', '.join([*SIZES, *MIXERS])
+        known = ', '.join([*SIZES, *MIXERS, 'roberta'])
         raise ConfigError(f'configs/bert.py has no variant {variant!r}; it has {known}.')
     tiny = variant not in ('base', 'large')
     width, layers, heads, seq_len, batch_size, vocabulary = SIZES['tiny' if tiny else variant]
     mixer = variant if variant in MIXERS else 'attention'
     config = defaults()
     config.steps = 2000
-    config.batch_size = batch_size
+    config.batch_size = 2 * batch_size if variant == 'roberta' else batch_size
     config.seq_len = seq_len
-    tokenizer = dict(kind='wordpiece', vocab_size=vocabulary)
+    pieces = 'bpe' if variant == 'roberta' else 'wordpiece'
+    tokenizer = dict(kind=pieces, vocab_size=vocabulary)
     config.data = dict(kind='stdlib', tokenizer=tokenizer, packing='stream')
-    config.task = dict(kind='masked_lm', rate=0.15, masked=0.8, random=0.1)
+    config.task = dict(kind='masked_lm', rate=0.15, masked=0.8, random=0.1, dynamic=True)
     config.model = dict(
         kind='encoder',
         width=width,

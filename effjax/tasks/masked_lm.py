@@ -29,7 +29,8 @@ class MaskedLM:
     stay as they are. Documents' separators and padding are never chosen. The head's product is
     formed at the chosen places alone.
 
-    Training draws from the step's key, so that a resumed run hides the same tokens. An evaluation
+    Training draws from the step's key, so that a row hides other tokens each time it comes
+    (RoBERTa's dynamic masking, arXiv 1907.11692) and a resumed run the same ones. An evaluation
     draws from each row's own text: the same tokens whenever and in whatever batch it is judged.
 
     Args:
@@ -37,6 +38,8 @@ class MaskedLM:
       rate: share of a row's tokens to predict, in (0, 1).
       masked: share of those that the mask replaces.
       random: share of those that a random token replaces.
+      dynamic: False: training too draws from a row's text, so that a row hides the same tokens in
+        every epoch (BERT's masks, made once before training).
     """
 
     data = 'text'
@@ -49,6 +52,7 @@ class MaskedLM:
         rate: float = 0.15,
         masked: float = 0.8,
         random: float = 0.1,
+        dynamic: bool = True,
     ):
         del execution
         if not 0 < rate < 1:
@@ -62,6 +66,7 @@ class MaskedLM:
                 f'sum must not exceed 1, got {masked + random:g}.'
             )
         self.rate, self.masked, self.random = float(rate), float(masked), float(random)
+        self.dynamic = dynamic
 
     def info(self, batch: Mapping[str, jax.Array], rng: jax.Array | None, train: bool) -> SeqInfo:
         """Returns positions and documents of a batch."""
@@ -116,7 +121,7 @@ class MaskedLM:
 
         Args:
           batch: `tokens` and `weights` [B, T].
-          info: its key draws; without one each row's text does.
+          info: its key draws; without one, or if not `dynamic`, each row's text does.
           vocab_size: random tokens are below it.
 
         Returns:
@@ -125,7 +130,7 @@ class MaskedLM:
         """
         tokens = batch['tokens']
         rows = jnp.arange(tokens.shape[0])
-        if info.rng is None:
+        if info.rng is None or not self.dynamic:
             key, own = jax.random.key(0), _digest(tokens)
         else:
             key, own = jax.random.fold_in(info.rng, _DRAW), rows

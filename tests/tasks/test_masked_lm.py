@@ -78,6 +78,18 @@ def test_training_draws_from_the_step_and_evaluation_from_the_text():
     assert np.all(np.any(hide(task, swapped)[1] != fixed[1], axis=1))
 
 
+def test_dynamic_masks_differ_by_epoch_and_static_ones_do_not():
+    """RoBERTa's switch: the rows of an epoch come again at another step, with another key."""
+    batch, epochs = batch_of(rows=4), [jax.random.key(step) for step in (0, 7)]
+    first, second = (hide(MaskedLM({}), batch, key) for key in epochs)
+    assert np.all(np.any(first[1] != second[1], axis=1))
+    static = MaskedLM({}, dynamic=False)
+    once, again = (hide(static, batch, key) for key in epochs)
+    for a, b, judged in zip(once, again, hide(MaskedLM({}), batch), strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, judged)
+
+
 class Model:
     """Logits from a table, and no transform."""
 
