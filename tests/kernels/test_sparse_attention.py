@@ -287,6 +287,12 @@ def test_masks_by_head():
     # A row head's output does not move with another row's token that is not global.
     moved = attention(q, k.at[:, 30].add(1.0), v, mask=masks)
     assert not np.any((moved - got)[:, 7:28, 0]) and np.any((moved - got)[:, 28:35, 0])
+    # The gradient of row 1 of a row head: zero in other rows but for the global token's.
+    for of in (1, 2):
+        row = lambda *kv: attention(q, *kv, mask=masks)[:, 7:14, 0].sum()  # noqa: E731
+        slope = np.asarray(jax.grad(row, argnums=of - 1)(k, v))
+        assert not slope[:, 1:7].any() and not slope[:, 14:].any()
+        assert slope[:, 7:14].any() and slope[:, 0].any()
 
 
 def test_what_it_refuses():

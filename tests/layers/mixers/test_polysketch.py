@@ -10,6 +10,8 @@ from effjax.core.context import Context
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 from effjax.core.policy import Policy
+from effjax.costs import walk
+from effjax.kernels import linear_recurrence
 from effjax.layers.mixers.polysketch import PolySketch
 
 WIDTH, LENGTH = 12, 11
@@ -95,6 +97,46 @@ def test_a_sketch_errs_less_the_larger_it_is():
 
     # 16 times as large: a sixteenth of the error, give or take what ten seeds leave.
     assert 8 < error(8) / error(128) < 32
+
+
+KINDS = [
+    {'sketch': 3}, {'degree': 2}, {'degree': 8, 'sketch': 3}, {'learned': True, 'sketch': 4},
+]  # fmt: skip
+
+
+def products(mixer, length):
+    """FLOPs of the matrix products that a forward pass of two rows runs."""
+    x, info = jnp.zeros((2, length, WIDTH)), SeqInfo.of(2, length)
+    return walk(lambda x: mixer(x, info=info)[0], x).kind('matmul')
+
+
+@pytest.mark.parametrize('kw', KINDS)
+def test_cost_against_the_walk(kw):
+    """All by sums: products of the layer are its cost's, beside those of the recurrence."""
+    mixer, length = make(block=0, **kw), 40
+    key = jnp.zeros((2, length, 2, mixer.feature_count))
+    value = jnp.zeros((2, length, 2, mixer.head_dim + 1))
+    by_sums = walk(lambda k, v: linear_recurrence(k, k, v), key, value).kind('matmul')
+    assert products(mixer, length) - by_sums == mixer.cost(2, length).matmul
+
+
+@pytest.mark.parametrize('kw', KINDS)
+@pytest.mark.parametrize('length', [40, 37])
+def test_what_blocks_run_against_the_walk(kw, length):
+    """A row in stretches of a block: each meets itself and the one before, in both weights."""
+    size, width, heads, dim = 8, WIDTH, 2, WIDTH // 2
+    mixer, plain = make(block=size, **kw), make(block=0, **kw)
+    projections = 2 * 2 * length * width * 4 * width
+    sketch = (plain.cost(2, length).matmul - projections) / (2 * 2 * length * heads)
+    rank = mixer.sketch(jnp.zeros((1, 1, heads, dim))).shape[-1]
+    tokens = 2 * -(-length // size) * size * heads
+    pairs = 2 * tokens * 2 * size * (dim + rank + dim + 1)
+    # Sketches of queries and keys, once more for sums, and keys twice for two stretches.
+    sums = 2 * 2 * tokens * mixer.feature_count * (dim + 1)
+    assert products(mixer, length) == projections + 5 * tokens * sketch + pairs + sums
+    # The model's cost counts pairs that a token may see, sketches once and the recurrence.
+    seen = sum(t % size + 1 for t in range(length))
+    assert mixer.cost(2, length).matmul == plain.cost(2, length).matmul + 4 * 2 * seen * width
 
 
 def test_what_cannot_be_is_said():
