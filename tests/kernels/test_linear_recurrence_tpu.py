@@ -16,9 +16,9 @@ from effjax.kernels import last_choice, linear_recurrence, target
 from effjax.kernels.linear_recurrence import cost, tpu_plan
 
 B, T = 2, 41
-# Documents end at a chunk's end (16) and inside; padding stands before, between and after.
+# Documents end at a chunk's end (32) and inside; padding stands before, between and after.
 SEGMENTS = np.repeat(
-    np.array([[1, 0, 2, 3, 4, 5], [0, 1, 2, 0, 2, 0]], np.int32), [4, 3, 9, 5, 12, 8], axis=1
+    np.array([[1, 0, 2, 3, 4, 5], [0, 1, 2, 0, 2, 0]], np.int32), [4, 3, 9, 16, 2, 7], axis=1
 )
 # (heads, query heads, K, V), decay, bonus
 CASES = {
@@ -30,6 +30,10 @@ CASES = {
     'groups_in_a_step': ((4, 2, 5, 3), 'scalar', False),
     'steps_in_a_group': ((6, 1, 5, 3), 'scalar', False),
     'groups_none': ((2, 1, 5, 3), None, False),
+    'vector': ((2, 2, 5, 3), 'vector', False),
+    'vector_bonus': ((2, 2, 5, 3), 'vector', True),
+    'groups_vector': ((2, 1, 5, 3), 'vector', False),
+    'whole_lanes_vector': ((1, 1, 256, 128), 'vector', True),
     'whole_lanes': ((1, 1, 128, 256), 'scalar', False),
 }
 
@@ -38,7 +42,7 @@ def inputs(name, seed=0, strength=0.3):
     """A dict of float32 arrays; some are None."""
     (heads, groups, key_dim, value_dim), decay, bonus = CASES[name]
     rng = np.random.default_rng(seed)
-    decays = {'head': (heads,), 'scalar': (B, T, heads)}
+    decays = {'head': (heads,), 'scalar': (B, T, heads), 'vector': (B, T, heads, key_dim)}
     out = {
         'q': rng.normal(size=(B, T, groups, key_dim)) / key_dim**0.5,
         'k': rng.normal(size=(B, T, groups, key_dim)),
@@ -60,7 +64,7 @@ def loss(arrays, segments, implementation):
 
 
 def run(arrays, segments, implementation='pallas_tpu'):
-    """((o, last), gradients); chunks of 16 tokens in the interpreter of TPU kernels."""
+    """((o, last), gradients); chunks of 32 tokens in the interpreter of TPU kernels."""
     both = jax.value_and_grad(functools.partial(loss, implementation=implementation), has_aux=True)
     if implementation != 'pallas_tpu':
         (_, out), grads = jax.jit(both)(arrays, segments)
@@ -80,7 +84,7 @@ def truth(arrays, segments):
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    monkeypatch.setattr(tpu_plan, 'CHUNK', 16)
+    monkeypatch.setattr(tpu_plan, 'CHUNK', 32)  # whose halves are halved once, into leaves
 
 
 EVERY = [
@@ -103,7 +107,7 @@ def test_values_and_gradients_in_the_interpreter(name, segments):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize('name', ['scalar', 'none_bonus', 'steps_in_a_group'])
+@pytest.mark.parametrize('name', ['scalar', 'none_bonus', 'steps_in_a_group', 'vector'])
 def test_bfloat16_inputs(name):
     arrays = {
         n: x if x is None or n in ('log_decay', 'initial_state') else np.asarray(jnp.bfloat16(x))
@@ -123,7 +127,7 @@ def test_bfloat16_inputs(name):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize('name', ['scalar', 'scalar_bonus'])
+@pytest.mark.parametrize('name', ['scalar', 'scalar_bonus', 'vector', 'vector_bonus'])
 @pytest.mark.parametrize('strength', [0.0, -50.0, -np.inf])
 def test_extreme_decays_stay_finite_and_right(name, strength):
     """Every third token decays by so much, the others a little: those must stay exact."""
@@ -137,8 +141,9 @@ def test_extreme_decays_stay_finite_and_right(name, strength):
 
 
 @pytest.mark.ci
-def test_padding_is_never_read_and_a_row_of_padding_keeps_its_state():
-    arrays = inputs('scalar', seed=5)
+@pytest.mark.parametrize('name', ['scalar', 'vector_bonus'])
+def test_padding_is_never_read_and_a_row_of_padding_keeps_its_state(name):
+    arrays = inputs(name, seed=5)
     noisy = dict(arrays)
     for n in ('q', 'k', 'v', 'log_decay'):
         mask = (SEGMENTS == 0).reshape(B, T, *[1] * (arrays[n].ndim - 2))
@@ -176,7 +181,18 @@ def test_under_vmap_scan_and_remat(monkeypatch):
     chex.assert_trees_all_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-def shapes(batch, length, heads, groups, key_dim, value_dim, dtype=jnp.bfloat16, sharding=None):
+def shapes(
+    batch,
+    length,
+    heads,
+    groups,
+    key_dim,
+    value_dim,
+    dtype=jnp.bfloat16,
+    *,
+    decay='scalar',
+    sharding=None,
+):
     """Abstract arguments of a call with decays a token, documents and an initial state."""
     array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     qk = array((batch, length, groups, key_dim), dtype)
@@ -184,17 +200,21 @@ def shapes(batch, length, heads, groups, key_dim, value_dim, dtype=jnp.bfloat16,
         'q': qk,
         'k': qk,
         'v': array((batch, length, heads, value_dim), dtype),
-        'log_decay': array((batch, length, heads), jnp.float32),
+        'log_decay': array(
+            (batch, length, heads, key_dim)[: 4 if decay == 'vector' else 3], jnp.float32
+        ),
         'initial_state': array((batch, heads, key_dim, value_dim), jnp.float32),
     }
     return arrays, array((batch, length), jnp.int32)
 
 
-def test_lowers_for_tpu(monkeypatch):
+@pytest.mark.parametrize('decay', ['scalar', 'vector'])
+def test_lowers_for_tpu(decay, monkeypatch):
     monkeypatch.undo()
     f = jax.value_and_grad(lambda *a: loss(*a, None), has_aux=True)
     with target('tpu'):
-        lowered = jax.jit(f).trace(*shapes(2, 300, 4, 2, 64, 64)).lower(lowering_platforms=('tpu',))
+        traced = jax.jit(f).trace(*shapes(2, 300, 4, 4, 64, 64, decay=decay))
+        lowered = traced.lower(lowering_platforms=('tpu',))
         assert last_choice('linear_recurrence')['implementation'] == 'pallas_tpu'
     text = lowered.as_text()
     assert text.count('tpu_custom_call') == 2  # forward and backward
@@ -204,14 +224,16 @@ def test_lowers_for_tpu(monkeypatch):
 @pytest.mark.ci
 @pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
 @pytest.mark.parametrize(
-    ('dims', 'dtype'),
+    ('dims', 'dtype', 'decay'),
     [
-        ((8, 4096, 16, 16, 128, 128), 'bfloat16'),
-        ((1, 1000, 4, 4, 256, 512), 'bfloat16'),
-        ((1, 1000, 6, 1, 128, 64), 'float32'),
+        ((8, 4096, 16, 16, 128, 128), 'bfloat16', 'scalar'),
+        ((1, 1000, 4, 4, 256, 512), 'bfloat16', 'scalar'),
+        ((1, 1000, 6, 1, 128, 64), 'float32', 'scalar'),
+        ((8, 4096, 16, 16, 128, 128), 'bfloat16', 'vector'),
+        ((1, 1000, 2, 1, 256, 512), 'float32', 'vector'),
     ],
 )
-def test_compiles_for_a_tpu_ahead(topology, dims, dtype, monkeypatch):
+def test_compiles_for_a_tpu_ahead(topology, dims, dtype, decay, monkeypatch):
     libtpu = pytest.importorskip('libtpu', reason='needs libtpu, of the extra effjax[tpu]')
     monkeypatch.undo()
     for name, value in {
@@ -221,7 +243,8 @@ def test_compiles_for_a_tpu_ahead(topology, dims, dtype, monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     device = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[0]
-    args = shapes(*dims, dtype, jax.sharding.SingleDeviceSharding(device))
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    args = shapes(*dims, dtype, decay=decay, sharding=sharding)
     f = jax.value_and_grad(lambda *a: loss(*a, 'pallas_tpu'), has_aux=True)
     with target('tpu'):
         compiled = jax.jit(f).lower(*args).compile()
@@ -229,16 +252,19 @@ def test_compiles_for_a_tpu_ahead(topology, dims, dtype, monkeypatch):
     batch, length, heads, _, key_dim, value_dim = dims
     tokens = batch * length * heads * (key_dim + value_dim) * 4
     states = batch * -(-length // 128) * heads * key_dim * value_dim * 4
-    # The states of all chunks and some copies of what comes in and goes out.
-    assert compiled.memory_analysis().temp_size_in_bytes < states + 4 * tokens
+    # The states of all chunks, some copies of what comes in and goes out, and of decays.
+    copies = 4 if decay == 'scalar' else 8
+    assert compiled.memory_analysis().temp_size_in_bytes < states + copies * tokens
 
 
+@pytest.mark.parametrize('decay', ['scalar', 'vector'])
 @pytest.mark.parametrize('dims', [(2, 300, 4, 2, 64, 64), (1, 40, 6, 1, 128, 200)])
-def test_costs_against_the_walk(dims, monkeypatch):
+def test_costs_against_the_walk(dims, decay, monkeypatch):
     monkeypatch.undo()
-    (arrays, _), (batch, length, heads, groups, key_dim, value_dim) = shapes(*dims), dims
+    arrays, _ = shapes(*dims, decay=decay)
+    batch, length, heads, groups, key_dim, value_dim = dims
     f = functools.partial(linear_recurrence, implementation='pallas_tpu')
-    keys = dict(decay='scalar', groups=groups)
+    keys = dict(decay=decay, groups=groups)
     with target('tpu'):
         walked = walk(lambda a: f(**a), arrays)
         both = walk(jax.grad(lambda a: jnp.sum(f(**a).astype(jnp.float32))), arrays)
@@ -254,6 +280,7 @@ def test_chunks_are_bounded_by_memory(monkeypatch):
     assert tpu_plan.chunk_size(4096, 256, 512, 4) == 128
     assert tpu_plan.chunk_size(4096, 1024, 512, 4) < 128
     assert tpu_plan.chunk_size(4096, 2048, 2048, 2) is None
+    assert tpu_plan.chunk_size(41, 128, 128, 2, vector=True) == 64
     for dims in ((128, 128), (256, 512), (1024, 512)):
         plan = tpu_plan.plan_for(4096, 16, 16, *dims, decay='scalar', strict=False, itemsize=2)
         taken = tpu_plan.vmem_bytes(plan.size, plan.block, *dims, 2)
@@ -274,7 +301,6 @@ def test_what_cannot_run_is_said():
     half = {n: like(1, 64, 2, 16, dtype=jnp.float16) for n in 'qkv'}
     for change, why in (
         (half, 'it takes bfloat16 or float32, not float16'),
-        ({'log_decay': like(1, 64, 2, 16, dtype=jnp.float32)}, 'no decay for each key dimension'),
         (
             {
                 **{n: like(1, 64, 2, 4096) for n in 'qkv'},
@@ -295,3 +321,27 @@ def test_what_cannot_run_is_said():
     x = np.zeros((1, 4, 1, 4), np.float32)
     with pytest.raises(ValueError, match='cannot run as .pallas_tpu.: it needs a TPU, not cpu'):
         linear_recurrence(x, x, x, implementation='pallas_tpu')
+
+
+@pytest.mark.mesh
+def test_a_mesh_takes_it_in_a_shard_map_only():
+    """XLA cannot partition a kernel: refused under a mesh, each device's own part is not."""
+    arrays, _ = shapes(8, 256, 4, 4, 64, 64)
+    del arrays['initial_state']
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec('data')
+
+    def f(arrays):
+        return jnp.sum(linear_recurrence(**arrays).astype(jnp.float32))[None]
+
+    def lower(f):
+        with target('tpu'), jax.set_mesh(mesh):
+            traced = jax.jit(jax.grad(lambda a: jnp.sum(f(a)))).trace(arrays)
+            text = traced.lower(lowering_platforms=('tpu',)).as_text()
+        return last_choice('linear_recurrence'), text
+
+    choice, text = lower(f)
+    assert choice['implementation'] == 'xla' and 'tpu_custom_call' not in text
+    assert 'along the mesh axes data' in choice['refused']['pallas_tpu']
+    choice, text = lower(jax.shard_map(f, in_specs=rows, out_specs=rows, check_vma=False))
+    assert choice['implementation'] == 'pallas_tpu' and text.count('tpu_custom_call') == 2

@@ -76,8 +76,8 @@ def executed_flops(
         if plan is None:
             raise ValueError(f'linear_recurrence: pallas_tpu has no plan for {dims}.')
         chunks = batch * -(-length // plan.size)
-        sums = 0 if decay == 'none' else 2.0 * plan.size * heads  # by XLA, before the kernel
-        return chunks * (plan.forward_flops + sums)
+        sums = {'none': 0.0, 'vector': 2.0 * key_dim}.get(decay, 2.0)  # by XLA, before the kernel
+        return chunks * (plan.forward_flops + sums * plan.size * heads)
     state = key_dim * value_dim
     if implementation == 'reference':
         return 4.0 * batch * length * heads * state

@@ -89,7 +89,7 @@ def decays(size: int, block: int, strict: bool, refs: Any, head: int) -> Decay:
     total = Sum(*(r[head : head + 1, :] for r in refs))
     seen = Sum(*(r[block + head : block + head + 1, :] for r in refs)) if strict else total
     end = total.map(lambda x: _at_end(x, size))
-    rows, columns = seen.map(_column), total.map(_column)
+    rows, columns = seen.map(as_column), total.map(as_column)
     # Masked before the exponential too: above the diagonal it would overflow.
     pairs = jnp.where(mask, exp(jnp.where(mask, rows.over(total), 0.0)), 0.0)
     return Decay(
@@ -149,10 +149,10 @@ def backward(head: Head, scores: jax.Array, decay: Decay, group: Group) -> Grads
         flow = dweights * weights
         kept = jnp.sum(jnp.sum(dstate * head.state, 0, keepdims=True), 1, keepdims=True)
         out = jnp.sum(dk_new * k, axis=1, keepdims=True)
-        rows = _row(jnp.sum(dq_old * q, axis=1, keepdims=True) + _over_columns(flow))
+        rows = as_row(jnp.sum(dq_old * q, axis=1, keepdims=True) + _over_columns(flow))
         ends = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 1) == rows.shape[1] - 1
         whole = kept + jnp.sum(out, axis=0, keepdims=True)
-        columns = jnp.where(ends, whole, 0.0) - jnp.sum(flow, axis=0, keepdims=True) - _row(out)
+        columns = jnp.where(ends, whole, 0.0) - jnp.sum(flow, axis=0, keepdims=True) - as_row(out)
     return Grads(dv, dstate + dot(read, do, _LEFT), rows, columns)
 
 
@@ -175,12 +175,12 @@ def _at_end(row: jax.Array, size: int) -> jax.Array:
     return jnp.sum(jnp.where(last, row, 0.0), axis=1, keepdims=True)
 
 
-def _column(row: jax.Array) -> jax.Array:
+def as_column(row: jax.Array) -> jax.Array:
     """[1, C] -> [C, 1], exactly."""
     return jnp.sum(jnp.where(_eye(row.shape[1]), row, 0.0), axis=1, keepdims=True)
 
 
-def _row(column: jax.Array) -> jax.Array:
+def as_row(column: jax.Array) -> jax.Array:
     """[C, 1] -> [1, C], exactly."""
     return jnp.sum(jnp.where(_eye(column.shape[0]), column, 0.0), axis=0, keepdims=True)
 
