@@ -8,7 +8,8 @@ from effjax.core.errors import ConfigError
 from effjax.study import pairs
 
 NAMES = (
-    'lm_based.py', 'lm_griffin.py', 'lm_mamba2_attention.py', 'lm_reformer.py:reversible',
+    'selective_copy.py', 'selective_copy.py:s4d', 'lm_based.py', 'lm_griffin.py',
+    'lm_mamba2_attention.py', 'lm_reformer.py:reversible',
     'lm_retnet_conv.py', 'digits_mate.py',
 )  # fmt: skip
 
@@ -28,7 +29,7 @@ def test_a_config_builds_at_its_own_shape(name, repository):
 
 # The others are made of parts that train as rows of `effjax.methods`.
 @pytest.mark.ci
-@pytest.mark.parametrize('name', NAMES[3:])
+@pytest.mark.parametrize('name', NAMES[5:])
 def test_a_config_trains_two_steps(name, repository, tmp_path):
     done = train.run(pairs.tiny(load(repository, name)), tmp_path)
     ledger = done.summary['ledger']
