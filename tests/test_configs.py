@@ -10,7 +10,7 @@ from effjax.study import pairs
 NAMES = (
     'selective_copy.py', 'selective_copy.py:s4d', 'lm_based.py', 'lm_griffin.py',
     'lm_mamba2_attention.py', 'lm_reformer.py:reversible',
-    'lm_retnet_conv.py', 'digits_mate.py',
+    'lm_retnet.py:conv', 'digits_mate.py',
 )  # fmt: skip
 
 
@@ -42,4 +42,4 @@ def test_variants_are_named_and_others_refused(repository):
     assert load(repository, 'lm_reformer.py:reversible').model.block == 'reversible'
     with pytest.raises(ConfigError, match="no variant 'irreversible'; it has sequential, rever"):
         load(repository, 'lm_reformer.py:irreversible')
-    assert load(repository, 'lm_retnet_conv.py').model.mixer.conv == 4
+    assert load(repository, 'lm_retnet.py:conv').model.mixer.conv == 4

@@ -88,7 +88,6 @@ def _compare(study: Study, folder: pathlib.Path, options: Options, say: Say) -> 
         say(line)
     todo = [*plan.tuning(study), *_finals(study, ())]
     missing = sum(len(runner.missing(g)) for g in todo)  # also refuses foreign results, at once
-    folder.mkdir(parents=True, exist_ok=True)
     with lock.held(folder):
         write_json_atomic(folder / 'study.json', spec.to_json(study))
         probe = options.probe and missing == sum(len(g.jobs) for g in todo)

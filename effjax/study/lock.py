@@ -25,11 +25,12 @@ STALE = 300.0  # seconds without one, after which another host takes over
 
 @contextlib.contextmanager
 def held(folder: pathlib.Path) -> Iterator[None]:
-    """Holds a study's folder for the length of a block.
+    """Holds a study's folder, made where it is missing, for the length of a block.
 
     Raises:
       StudyError: another process holds it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     file, me = folder / FILE, _me()
     _take(file, me)
     done = threading.Event()

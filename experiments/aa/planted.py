@@ -44,7 +44,6 @@ def handicap(args: argparse.Namespace) -> Comparison:
     )
     plain, other = (plan.final(study, arm, {}) for arm in study.arms)
     groups = [*plain, *(Group(g.name, tuple(map(_charged, g.jobs))) for g in other)]
-    args.out.mkdir(parents=True, exist_ok=True)
     with lock.held(args.out):
         Runner(args.out, plan.code_version(), batched=True).run(groups)
     cells = [store.collect(j, args.out, study.metric) for g in groups for j in g.jobs]

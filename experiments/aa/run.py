@@ -114,7 +114,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/aa'))
     args = parser.parse_args(argv)
     runner = Runner(args.out, plan.code_version(), batched=True)
-    args.out.mkdir(parents=True, exist_ok=True)
     with lock.held(args.out):
         zeros = pairing(runner, args.seeds, args.budget)
         print(f'same initial values: differences {zeros}', flush=True)

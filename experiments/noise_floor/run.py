@@ -54,7 +54,6 @@ def measure(workload: Workload, args: argparse.Namespace) -> tuple[list[Cell], s
     inputs = {name: fact.inputs for name, fact in facts.items()}
     runner = Runner(args.out, code, batched=preflight.batched(study, facts), inputs=inputs)
     groups = plan.final(study, study.baseline, {})
-    args.out.mkdir(parents=True, exist_ok=True)
     with lock.held(args.out):
         runner.run(groups)
     return [store.collect(job, args.out, study.metric) for g in groups for job in g.jobs], code
