@@ -184,7 +184,7 @@ def test_palm_block_reads_one_norm_and_multi_query_shares_a_head(make_decoder, t
     np.testing.assert_allclose(block(x, info=INFO)[0], expected, rtol=1e-6)
     norms = [name for name in state['params'] if name.startswith('norm')]
     assert norms == ['norm_both']
-    assert model.init_state(2, 16)['body']['segment_0']['slot_0']['key'].shape[-2] == 1
+    assert model.init_state(2, 16)['body']['segment_0']['slot_0']['key'].shape[-3] == 1
 
 
 def test_packed_documents_equal_separate_ones(make_decoder, forward, tokens):

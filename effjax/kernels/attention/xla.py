@@ -129,32 +129,8 @@ def _with_lse(
 def _dense(problem: Problem, extras: Extras, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     places = (jnp.arange(q.shape[1]), jnp.arange(k.shape[1]))
     mask, bias = (f(problem, extras, *places) for f in (allowed, often))
-    if q.shape[1] == 1 and problem.positions and not problem.dropout and bias is None:
-        return _single(problem, q, k, v, mask)
     mask, bias = (a if a is None else a[..., None, None, :, :] for a in (mask, bias))
     return _attend_scored(problem, extras.rng, q, k, v, mask, bias)
-
-
-def _single(
-    problem: Problem, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
-) -> jax.Array:
-    """One query [B, 1, G, R, D] a row against a cache, the mask [..., 1, S].
-
-    Sums of elementwise products read keys and values once, as they lie; a matrix product would
-    first copy both to bring their heads in front.
-    """
-    wide = _wide(q)
-    s = jnp.sum(q.astype(wide) * k.astype(wide)[:, :, :, None], axis=-1)  # [B, S, G, R]
-    s = s * problem.scale
-    if problem.soft_cap is not None:
-        s = problem.soft_cap * jnp.tanh(s / problem.soft_cap)
-    if mask is not None:
-        s = jnp.where(mask[..., 0, :, None, None], s, _masked(s.dtype))
-    p = jax.nn.softmax(s, axis=1)
-    o = jnp.sum(p[..., None] * v.astype(wide)[:, :, :, None], axis=1, keepdims=True)
-    if problem.may_be_empty and mask is not None:
-        o = jnp.where(mask.any(-1)[..., None, None, None], o, 0)
-    return o.astype(v.dtype)
 
 
 def _band(problem: Problem, extras: Extras, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

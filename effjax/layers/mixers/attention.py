@@ -163,7 +163,7 @@ class Attention(nnx.Module):
 
     def check_state(self, state: State) -> State:
         """Returns the state; one of another mixer or other sizes raises ConfigError."""
-        slots = state['key'].shape[1] if 'key' in state else 1
+        slots = kv.size(state) if 'key' in state else 1
         make = lambda batch: self.init_state(batch, slots, jnp.float32)  # noqa: E731
         return kv.check_state(self.name, state, make)
 
@@ -330,12 +330,13 @@ class Attention(nnx.Module):
         old_number, old_segment = kv.slots(state, ring=ring)
 
         def joined(old: jax.Array, new: jax.Array) -> jax.Array:
-            return jnp.concatenate([old.astype(new.dtype), new], axis=1)
+            return jnp.concatenate([old, new], axis=1)
 
+        key, value = kv.contents(state, k.dtype)
         o = self._masked(
             q,
-            joined(state['key'], k),
-            joined(state['value'], v),
+            joined(key, k),
+            joined(value, v),
             (segment_ids, number),
             (joined(old_segment, segment_ids), joined(old_number, number)),
         )
@@ -347,7 +348,7 @@ class Attention(nnx.Module):
         """One token enters the cache, then attends to it."""
         ring = self.window is not None
         state = kv.extend(state, k, v, info, ring=ring)
-        key, value = (state[name].astype(q.dtype) for name in ('key', 'value'))
+        key, value = kv.contents(state, q.dtype)
         number, segment = kv.slots(state, ring=ring)
         now = (state['segment'][:, None], state['count'][:, None] - 1)
         return self._masked(q, key, value, now, (segment, number)), state

@@ -3,8 +3,9 @@
 Rows may hold different numbers of tokens: padding is not stored, so that the tokens of a row lie
 one after another in the order they came, and a row's current document is the last stretch of
 them. The cache is a dict:
-  key, value: [B, S, G, D]; token number n lies in slot n, or n modulo S in a ring (a window); in a
-    ring behind `first` slots, these hold the current document's first tokens;
+  key, value: [B, G, S, D], heads in front, as the products of decoding read them; token number n
+    lies in slot n, or n modulo S in a ring (a window); in a ring behind `first` slots, these hold
+    the current document's first tokens;
   count: int32 [B], tokens stored so far;
   start: int32 [B], number of the current document's first token;
   segment: int32 [B], the current document's id, 0 before the first token;
@@ -28,8 +29,8 @@ Cache = dict[str, jax.Array]
 def init(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any) -> Cache:
     """Returns an empty cache."""
     return {
-        'key': jnp.zeros((batch, slots, kv_heads, head_dim), dtype),
-        'value': jnp.zeros((batch, slots, kv_heads, head_dim), dtype),
+        'key': jnp.zeros((batch, kv_heads, slots, head_dim), dtype),
+        'value': jnp.zeros((batch, kv_heads, slots, head_dim), dtype),
         'count': jnp.zeros(batch, jnp.int32),
         'start': jnp.zeros(batch, jnp.int32),
         'segment': jnp.zeros(batch, jnp.int32),
@@ -64,6 +65,17 @@ def state_bytes(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any
     return kv_bytes(batch, slots, kv_heads, head_dim, dtype) + 16 * batch
 
 
+def size(cache: Cache) -> int:
+    """Slots S of a cache."""
+    return cache['key'].shape[2]
+
+
+def contents(cache: Cache, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns keys and values as attention takes them, [B, S, G, D]."""
+    key, value = (cache[name].swapaxes(1, 2).astype(dtype) for name in ('key', 'value'))
+    return key, value
+
+
 def segments(cache: Cache, info: SeqInfo) -> jax.Array:
     """Returns the documents [B, T] of new tokens; without ids they continue the current one."""
     if info.segment_ids is not None:
@@ -83,10 +95,12 @@ def slots(cache: Cache, *, ring: bool, first: int = 0) -> tuple[jax.Array, jax.A
     Slots of earlier documents read as padding, and so does the ring's copy of a token that the
     `first` slots hold.
     """
-    size = cache['key'].shape[1] - first
+    ring_size = size(cache) - first
     start, last = cache['start'][:, None], cache['count'][:, None] - 1
-    slot = jnp.arange(size)[None]
-    number = last - (last - slot) % size if ring else jnp.broadcast_to(slot, (len(last), size))
+    slot = jnp.arange(ring_size)[None]
+    number = (
+        last - (last - slot) % ring_size if ring else jnp.broadcast_to(slot, (len(last), ring_size))
+    )
     live = (number >= start + first) & (number <= last)
     if first:
         front = start + jnp.arange(first)
@@ -106,8 +120,8 @@ def extend(
     segment_ids = segments(cache, info)
     number = numbers(cache, segment_ids)
     real = segment_ids != 0
-    whole = cache['key'].shape[1]
-    size = whole - first
+    whole = size(cache)
+    ring_size = whole - first
     count = cache['count'] + jnp.sum(real, axis=1, dtype=jnp.int32)
     some, last = last_real(segment_ids)
     segment = jnp.where(some, _at(segment_ids, last), cache['segment'])
@@ -115,7 +129,8 @@ def extend(
     begin = jnp.min(jnp.where(segment_ids == segment[:, None], number, far), axis=1)
     start = jnp.where(segment == cache['segment'], cache['start'], begin)
     if ring:  # two tokens must not write one slot: their order would be undefined
-        slot = jnp.where(real & (number >= count[:, None] - size), first + number % size, whole)
+        fits = number >= count[:, None] - ring_size
+        slot = jnp.where(real & fits, first + number % ring_size, whole)
     else:
         slot = jnp.where(real, number, whole)
     place = number - start[:, None]
@@ -124,8 +139,8 @@ def extend(
 
     def write(old: jax.Array, new: jax.Array) -> jax.Array:
         new = new.astype(old.dtype)
-        out = old.at[row, slot].set(new, mode='drop')
-        return out.at[row, front].set(new, mode='drop') if first else out
+        out = old.at[row, :, slot].set(new, mode='drop')
+        return out.at[row, :, front].set(new, mode='drop') if first else out
 
     return {
         'key': write(cache['key'], key),

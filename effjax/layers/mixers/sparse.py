@@ -81,7 +81,7 @@ class SparseAttention(Attention):
     def _layout(self, state: State) -> dict[str, Any]:
         """How the state's cache lies: as a ring, unless it has room for all tokens."""
         kept = self._kept()
-        if kept is None or state['key'].shape[1] < sum(kept):
+        if kept is None or kv.size(state) < sum(kept):
             return {'ring': False}
         return {'ring': True, 'first': kept[0]}
 
@@ -113,9 +113,9 @@ class SparseAttention(Attention):
         number, old_ids = kv.slots(state, **self._layout(state))
         old = (old_ids, number - state['start'][:, None])
         key, value, kv_ids, place = (
-            jnp.concatenate([a.astype(b.dtype), b], axis=1)
+            jnp.concatenate([a, b], axis=1)
             for a, b in zip(
-                (state['key'], state['value'], *old), (k, v, ids, info.positions), strict=True
+                (*kv.contents(state, k.dtype), *old), (k, v, ids, info.positions), strict=True
             )
         )
         o = self._placed(q, key, value, (ids, info.positions), (kv_ids, place))
@@ -126,7 +126,7 @@ class SparseAttention(Attention):
     ) -> tuple[jax.Array, State]:
         """One token enters the cache, then attends to it."""
         state = kv.extend(state, k, v, info, **self._layout(state))
-        key, value = (state[name].astype(q.dtype) for name in ('key', 'value'))
+        key, value = kv.contents(state, q.dtype)
         number, ids = kv.slots(state, **self._layout(state))
         start = state['start'][:, None]
         now = (state['segment'][:, None], state['count'][:, None] - 1 - start)

@@ -126,7 +126,7 @@ def test_a_ring_of_the_windows_size_is_enough():
     mixer = make(context(positions='rope'), heads=2, window=5)
     x, info = inputs(length=60)
     state = mixer.init_state(2, 60, jnp.float32)
-    assert state['key'].shape == (2, 5, 2, 8)
+    assert state['key'].shape == (2, 2, 5, 8)
     _, ys = jax.lax.scan(lambda s, x: mixer.step(x, s)[::-1], state, x.swapaxes(0, 1))
     np.testing.assert_allclose(ys.swapaxes(0, 1), mixer(x, info=info)[0], atol=1e-5)
 

@@ -179,10 +179,10 @@ def test_a_ring_and_the_first_tokens_are_enough(kind, sizes, slots):
     begins = jnp.array([[41], [2]])
     info = SeqInfo(jnp.where(ids == 2, jnp.arange(60) - begins, jnp.arange(60)), ids)
     state = jax.eval_shape(lambda: mixer.init_state(2, 64, jnp.float32))
-    assert state['key'].shape == (2, slots, 1, 6)
+    assert state['key'].shape == (2, 1, slots, 6)
     assert mixer.state_bytes(2, 64, jnp.float32) == nbytes(state)
     # A cache with room for all the tokens there will be is no ring.
-    assert mixer.init_state(2, slots - 1, jnp.float32)['key'].shape[1] == slots - 1
+    assert mixer.init_state(2, slots - 1, jnp.float32)['key'].shape[2] == slots - 1
 
     @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
     def run(x):
@@ -203,7 +203,7 @@ def test_a_ring_and_the_first_tokens_are_enough(kind, sizes, slots):
 def test_what_has_no_end_keeps_the_whole_cache():
     for kind, sizes in ((BigBird, {'block': 4, 'random': 1}), (Mate, {'columns': 4})):
         mixer = make(kind, causal=True, **sizes)
-        assert mixer.init_state(1, 64, jnp.float32)['key'].shape[1] == 64
+        assert mixer.init_state(1, 64, jnp.float32)['key'].shape[2] == 64
 
 
 def test_packed_rows_are_gathered_where_distances_decide():
