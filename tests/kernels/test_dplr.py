@@ -93,6 +93,25 @@ def test_gradients_of_inputs_and_states(monkeypatch):
     assert not any(np.any(np.asarray(grads[n])[SEGMENTS == 0]) for n in NAMES)
 
 
+def test_large_problems_go_through_pieces_in_turn(monkeypatch):
+    """Five chunks in pieces of two: values, gradients, FLOPs; less memory for the pairs."""
+    arrays, ids = inputs(seed=6, length=70), np.sort(np.arange(140).reshape(2, 70) % 5 + 1, 1)
+
+    def run():
+        def loss(arrays):
+            o, last = call(arrays, segment_ids=ids.astype(np.int32), chunk=16)
+            return jnp.sum(jnp.sin(o)) + jnp.sum(last**2), o
+
+        return jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+
+    whole = run()
+    monkeypatch.setattr(cost, 'PIECE', 2 * 4 * B * H * 16 * 16 * K)
+    assert cost.pieces(B, 70, H, K, 16) == (3, 2)
+    chex.assert_trees_all_close(run(), whole, atol=1e-5)  # float32, other fusions
+    walked = walk(lambda a: call(a, implementation='xla', chunk=16), arrays)
+    assert walked.total == cost.executed_flops('xla', B, 70, H, K, V, chunk=16)
+
+
 def test_is_the_delta_rule_where_it_should_be():
     arrays = inputs(seed=3, length=70)
     rng = np.random.default_rng(3)

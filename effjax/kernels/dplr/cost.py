@@ -3,10 +3,13 @@
 Plain Python: `effjax.costs` imports it without jax.
 """
 
+import math
+
 from effjax.kernels import halving
 
 CHUNK = 64  # tokens of a chunk unless the caller says otherwise
 LEAF = 16  # longest block whose pairs are formed one by one
+PIECE = 2**28  # bytes that the pairs of a piece's leaves may take, each key dimension by itself
 
 
 def model_flops(batch: int, length: int, heads: int, key_dim: int, value_dim: int) -> float:
@@ -25,6 +28,19 @@ def chunk_size(length: int, chunk: int) -> int:
 def leaf_size(size: int) -> int:
     """Tokens of the blocks that halving a chunk of `chunk_size` ends in."""
     return halving.leaf_size(size, LEAF)
+
+
+def pieces(batch: int, length: int, heads: int, key_dim: int, chunk: int) -> tuple[int, int]:
+    """Returns (pieces that 'xla' goes through in turn, chunks of each).
+
+    Pairs inside leaves are an array of K numbers a pair, for the backward pass several of them: of
+    a long row or a large batch they exist piece by piece.
+    """
+    size = chunk_size(length, chunk)
+    chunks = -(-length // size)
+    bytes_of_one = 4 * batch * heads * size * leaf_size(size) * key_dim
+    count = -(-chunks // max(1, PIECE // bytes_of_one))
+    return count, -(-chunks // count)
 
 
 def executed_flops(
@@ -46,7 +62,7 @@ def executed_flops(
     if implementation == 'reference':
         return 4.0 * batch * length * heads * state
     size = chunk_size(length, chunk)
-    chunks = batch * heads * -(-length // size)
+    chunks = batch * heads * math.prod(pieces(batch, length, heads, key_dim, chunk))
     halves, half = 0, leaf_size(size)
     while half < size:
         halves += 4 * size * half * key_dim

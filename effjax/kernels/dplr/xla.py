@@ -8,60 +8,92 @@ before S is known; all else is products. Decays enter as e^(G_i - G_j) with j <=
 1: a chunk is halved again and again, the right half meeting the left one at their border, down to
 blocks of `cost.LEAF` tokens, whose pairs are formed one by one.
 
-Arrays are [N, B, H, C, ...]: N chunks of C tokens.
+Arrays are [N, B, H, C, ...]: N chunks of C tokens. Large problems go through pieces of chunks in
+turn (`cost.pieces`), whose inner arrays the backward pass forms again.
 """
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from effjax.kernels.decays import Sum, before, masked_decay, running
-from effjax.kernels.dplr.cost import chunk_size, leaf_size
+from effjax.kernels.dplr.cost import chunk_size, leaf_size, pieces
 from effjax.kernels.dplr.problem import Problem
+
+
+class _Chunks(NamedTuple):
+    """The arrays of a problem in chunks, [N, ...], and which of their tokens meet what.
+
+    Tokens that share a document, that read the state, that write it, and chunks that keep any of
+    it: [N, B, 1, C, C], [N, B, 1, C, 1], [N, B, 1, C, 1] and [N, B, 1, 1], or with 1 for B and C.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    read: jax.Array
+    write: jax.Array
+    log_decay: jax.Array
+    same: jax.Array
+    reads: jax.Array
+    writes: jax.Array
+    keeps: jax.Array
 
 
 def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
     """Returns (o [B, T, H, V], the state after the last document's last token)."""
-    length = problem.q.shape[1]
+    batch, length, heads, key_dim = problem.q.shape
     size = chunk_size(length, chunk)
-    chunks, kept = jax.checkpoint(_prepare, static_argnums=(1,))(problem, size)
+    count, each = pieces(batch, length, heads, key_dim, chunk)
+    chunks = _chunks(problem, size, count * each)
 
-    def one(state, at):
-        (found, weights, scores, o, queries, keys, values), keep = at
-        s = found + weights @ state
-        o = o + scores @ s + queries @ state
-        return keep[..., None] * state + values + jnp.swapaxes(keys, -1, -2) @ s, o
+    def piece(state: jax.Array, chunks: _Chunks) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.scan(_advance, state, jax.checkpoint(_prepare)(chunks))
 
-    state, o = jax.lax.scan(one, problem.state, (chunks, kept))
+    if count == 1:
+        state, o = piece(problem.state, chunks)
+    else:
+        cut = jax.tree.map(lambda x: x.reshape(count, each, *x.shape[1:]), chunks)
+        state, o = jax.lax.scan(jax.checkpoint(piece), problem.state, cut)
+        o = o.reshape(-1, *o.shape[2:])
     o = jnp.moveaxis(o, (0, 3), (1, 2))  # [B, N, C, H, V]
-    o = o.reshape(o.shape[0], -1, *o.shape[3:])[:, :length]
+    o = o.reshape(batch, -1, *o.shape[3:])[:, :length]
     return checkpoint_name(o, 'dplr_out'), state
 
 
-def _prepare(problem: Problem, size: int) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """All that does not need the state: what `run` scans over, and the share that chunks keep."""
-    p = problem
-    q, k, v, read, write = (_split(x, size) for x in (p.q, p.k, p.v, p.read, p.write))
-    same, reads, writes, keeps = _masks(problem, size)
-    total = running(_split(p.log_decay, size), axis=3)
+def _advance(state: jax.Array, at: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """The state after a chunk, and the chunk's outputs; `at` is of `_prepare`."""
+    found, weights, scores, o, queries, keys, values, keep = at
+    s = found + weights @ state
+    o = o + scores @ s + queries @ state
+    return keep[..., None] * state + values + jnp.swapaxes(keys, -1, -2) @ s, o
+
+
+def _prepare(chunks: _Chunks) -> tuple[jax.Array, ...]:
+    """All that does not need the state; the last one is the share of it that a chunk keeps."""
+    q, k, v, read, write = chunks[:5]
+    total = running(chunks.log_decay, axis=3)
     seen, last = before(total, axis=3), total.map(lambda x: x[..., -1:, :])
 
     columns = jnp.stack([k, write])
-    by_key, by_write = _pairs(read, columns, seen, total, strict=True) * same
-    q_key, q_write = _pairs(q, columns, total, total, strict=False) * same
+    by_key, by_write = _pairs(read, columns, seen, total, strict=True) * chunks.same
+    q_key, q_write = _pairs(q, columns, total, total, strict=False) * chunks.same
 
-    right = [by_key @ v, read * seen.exp() * reads]
+    right = [by_key @ v, read * seen.exp() * chunks.reads]
     solved = jnp.concatenate(right, axis=-1)
-    if size > 1:  # a single token, as in decoding, has nothing to solve
+    if q.shape[3] > 1:  # a single token, as in decoding, has nothing to solve
         solved = jax.lax.linalg.triangular_solve(
             -by_write, solved, left_side=True, lower=True, unit_diagonal=True
         )
     found, weights = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
-    to_end = jnp.exp(last.over(total)) * writes
+    to_end = jnp.exp(last.over(total)) * chunks.writes
     values = jnp.swapaxes(k * to_end, -1, -2) @ v
-    queries = q * total.exp() * reads
-    chunks = (found, weights, q_write, q_key @ v, queries, write * to_end, values)
-    return chunks, last.exp()[..., 0, :] * keeps
+    queries = q * total.exp() * chunks.reads
+    keep = last.exp()[..., 0, :] * chunks.keeps
+    return found, weights, q_write, q_key @ v, queries, write * to_end, values, keep
 
 
 def _pairs(
@@ -95,29 +127,26 @@ def _pairs(
     return blocks[..., 0, :, :]
 
 
-def _split(x: jax.Array, size: int) -> jax.Array:
-    """[B, T, H, K] -> [N, B, H, C, K], zeros at the end, which neither decay nor write."""
-    n = -(-x.shape[1] // size)
-    x = jnp.pad(x, [(0, 0), (0, n * size - x.shape[1]), (0, 0), (0, 0)])
-    x = x.reshape(x.shape[0], n, size, *x.shape[2:])
-    return jnp.moveaxis(x, (1, 3), (0, 2))
+def _chunks(problem: Problem, size: int, count: int) -> _Chunks:
+    """Cuts a problem into `count` chunks of `size` tokens; those added neither decay nor write."""
+    more = count * size - problem.q.shape[1]
 
+    def split(x: jax.Array) -> jax.Array:  # [B, T, H, K] -> [N, B, H, C, K]
+        x = jnp.pad(x, [(0, 0), (0, more), (0, 0), (0, 0)])
+        x = x.reshape(x.shape[0], count, size, *x.shape[2:])
+        return jnp.moveaxis(x, (1, 3), (0, 2))
 
-def _masks(problem: Problem, size: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Which tokens share a document, read the state, write it, and whether a chunk keeps any.
-
-    Shapes [N, B, 1, C, C], [N, B, 1, C, 1], [N, B, 1, C, 1] and [N, B, 1, 1], or such that
-    broadcast.
-    """
-    if problem.documents is None:
-        every = jnp.ones((1, 1), bool)
-        return every, every, every, every
-    batch, length = problem.documents.shape
-    n = -(-length // size)
-    documents = jnp.pad(problem.documents, ((0, 0), (0, n * size - length)), mode='edge')
-    documents = jnp.moveaxis(documents.reshape(batch, n, size), 1, 0)[:, :, None]
+    p = problem
+    q, k, v = (split(x) for x in (p.q, p.k, p.v))
+    read, write, log_decay = (split(x) for x in (p.read, p.write, p.log_decay))
+    arrays = functools.partial(_Chunks, q, k, v, read, write, log_decay)
+    if p.documents is None:
+        every = jnp.ones((count, 1, 1, 1, 1), bool)
+        return arrays(every, every, every, every[..., 0])
+    documents = jnp.pad(p.documents, ((0, 0), (0, more)), mode='edge')
+    documents = jnp.moveaxis(documents.reshape(-1, count, size), 1, 0)[:, :, None]
     last = documents[..., -1:]
     entry = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
     same = documents[..., :, None] == documents[..., None, :]
     reads, writes = documents == entry, documents == last
-    return same, reads[..., None], writes[..., None], last == entry
+    return arrays(same, reads[..., None], writes[..., None], last == entry)
