@@ -30,14 +30,15 @@ from effjax.costs import products
 # function), where the name is the `pallas_call`'s or the custom call's. The function takes a
 # `products.KernelCall` and returns FLOPs on one device, or None where it cannot tell.
 KERNELS: dict[str, str | Callable[[products.KernelCall], float | None]] = {
+    'diagonal_scan_': 'effjax.kernels.diagonal_scan.cost:kernel_flops',
     'splash_': 'effjax.costs.products:splash_attention',
 }
 
 # Matrix decompositions and foreign calls whose FLOPs cannot be read from their shapes.
 _OPAQUE = frozenset({
     'eig', 'eigh', 'svd', 'schur', 'hessenberg', 'tridiagonal', 'geqrf', 'householder_product',
-    'ffi_call', 'custom_call', 'triton_kernel_call', 'pallas_call', 'core_map', 'mosaic_gpu_call',
-    'tpu_custom_call',
+    'ffi_call', 'custom_call', 'triton_kernel_call', 'pallas_call', 'core_map', 'mpmd_map',
+    'mosaic_gpu_call', 'tpu_custom_call',
 })  # fmt: skip
 
 _Tally = dict[tuple[str, str, str, str], float]  # (kind, primitive, scope, phase) -> FLOPs

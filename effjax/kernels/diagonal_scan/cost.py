@@ -3,6 +3,10 @@
 Plain Python: `effjax.costs` imports it without jax.
 """
 
+from typing import Any
+
+from effjax.kernels.diagonal_scan.plan import BLOCKS, plan_for
+
 CHUNK = 64  # tokens of a chunk unless the caller says otherwise
 
 
@@ -22,12 +26,17 @@ def executed_flops(
 ) -> float:
     """FLOPs of the forward pass that an implementation really executes.
 
-    Where there is more than one chunk, 'xla' goes twice over the tokens, the first time also
-    multiplying the decays of each chunk, and once over the chunks.
+    The Pallas kernels go over all tokens once, filled up to whole blocks. Where there is more than
+    one chunk, 'xla' goes twice over the tokens, the first time also multiplying the decays of each
+    chunk, and once over the chunks.
     """
     product, multiply_add = (6, 8) if is_complex else (1, 2)
     if implementation == 'reference':
         return float(batch * length * channels * multiply_add)
+    if implementation in BLOCKS:
+        plan = plan_for(length, channels, BLOCKS[implementation])
+        blocks = -(-length // plan.size) * -(-channels // plan.width)
+        return float(batch * blocks * plan.size * plan.width * multiply_add)
     return float(batch * channels * _per_channel(length, chunk, product, multiply_add))
 
 
@@ -37,3 +46,13 @@ def _per_channel(length: int, chunk: int, product: int, multiply_add: int) -> in
     chunks = -(-length // chunk)
     across = _per_channel(chunks, chunk, product, multiply_add)
     return chunks * chunk * (product + 2 * multiply_add) + across
+
+
+def kernel_flops(call: Any) -> float:
+    """FLOPs of one call of a Pallas kernel, a `costs.products.KernelCall`."""
+    backward = call.name.endswith('backward')
+    is_complex = len(call.inputs) == (10 if backward else 6)
+    elements = 1
+    for n in call.inputs[0].shape:
+        elements *= n
+    return float(elements * (8 if is_complex else 2) * (2 if backward else 1))

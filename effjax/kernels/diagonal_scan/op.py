@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from effjax.kernels import choice
-from effjax.kernels.diagonal_scan import cost, reference, xla
+from effjax.kernels.diagonal_scan import cost, hopper, reference, tpu, xla
 from effjax.kernels.documents import begins, check_segments, spread
 
-_IMPLEMENTATIONS = {'xla': xla, 'reference': reference}
+_KERNELS = {'pallas_tpu': tpu, 'pallas_gpu': hopper}
+_IMPLEMENTATIONS = {**_KERNELS, 'xla': xla, 'reference': reference}
 
 
 def diagonal_scan(
@@ -28,7 +29,8 @@ def diagonal_scan(
     What S5 (arXiv 2208.04933), the LRU (2303.06349) and Griffin's RG-LRU (2402.19427) run.
     Arithmetic is float32 or complex64 (64-bit inputs: float64, complex128). With documents, each
     begins with a state of 0, the first one in the scan's direction with the initial state;
-    padding neither decays nor writes, and gives 0. The backward pass keeps h and the decays.
+    padding neither decays nor writes, and gives 0. The backward pass keeps h and the decays; the
+    Pallas kernels have one, 'xla' and 'reference' derivatives of any order.
 
     Args:
       x: [B, T, ...], any dimensions of channels behind the time, real or complex.
@@ -40,28 +42,32 @@ def diagonal_scan(
       return_state: also return the state after the last token of the document that the scan
         comes to last.
       chunk: tokens of a chunk of 'xla'; changes speed and rounding only.
-      implementation: 'xla', 'reference', or None for the best that can run.
+      implementation: 'pallas_tpu', 'pallas_gpu' (Hopper), 'xla', 'reference', or None for the
+        best that can run.
 
     Returns:
       h [B, T, ...], real in the dtype of x, complex in complex64; or (h, state [B, ...]) with the
       state in float32 or complex64.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: shapes that do not fit, an implementation that is unknown or cannot run here.
     """
     _check(x, log_decay, initial_state, segment_ids, chunk)
+    wide = jnp.promote_types(jnp.promote_types(x.dtype, log_decay.dtype), jnp.float32)
     chosen = choice.pick(
         'diagonal_scan',
         implementation,
-        dict.fromkeys(_IMPLEMENTATIONS),
+        {name: k.refuse(x, wide) for name, k in _KERNELS.items()}
+        | {'xla': None, 'reference': None},
         shape=x.shape,
         dtype=x.dtype.name,
     )
     with jax.named_scope(f'diagonal_scan_{chosen}'):
-        wide = jnp.promote_types(jnp.promote_types(x.dtype, log_decay.dtype), jnp.float32)
         decay = jnp.exp(log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32)))
         decay = jnp.broadcast_to(decay.astype(wide), x.shape)
-        write, real = x.astype(wide), None
+        # The kernels read bfloat16 as it is.
+        kept = chosen in _KERNELS and wide == jnp.float32
+        write, real = x if kept else x.astype(wide), None
         if segment_ids is not None:
             segment_ids = jnp.asarray(segment_ids)
             real = spread(segment_ids != 0, x)
@@ -71,8 +77,7 @@ def diagonal_scan(
         if initial_state is None:
             initial_state = jnp.zeros((x.shape[0], *x.shape[2:]), wide)
         start = initial_state.astype(wide)
-        h = _IMPLEMENTATIONS[chosen].scan(decay, write, start, reverse, chunk)
-        state = h[:, 0 if reverse else -1]
+        h, state = _IMPLEMENTATIONS[chosen].scan(decay, write, start, reverse, chunk)
         h = h if real is None else jnp.where(real, h, 0)
         if not jnp.issubdtype(wide, jnp.complexfloating):
             h = h.astype(x.dtype)

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 
 
-def scan(decay: jax.Array, x: jax.Array, state: jax.Array, reverse: bool, chunk: int) -> jax.Array:
-    """Returns h [B, T, ...] of decays and x [B, T, ...] and a state [B, ...]."""
+def scan(
+    decay: jax.Array, x: jax.Array, state: jax.Array, reverse: bool, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """(h, last state) of decays and x [B, T, ...] and a state [B, ...]."""
     del chunk
 
     def token(h: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -13,4 +15,5 @@ def scan(decay: jax.Array, x: jax.Array, state: jax.Array, reverse: bool, chunk:
         return h, h
 
     inputs = (jnp.moveaxis(decay, 1, 0), jnp.moveaxis(x, 1, 0))
-    return jnp.moveaxis(jax.lax.scan(token, state, inputs, reverse=reverse)[1], 0, 1)
+    state, h = jax.lax.scan(token, state, inputs, reverse=reverse)
+    return jnp.moveaxis(h, 0, 1), state

@@ -16,11 +16,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 
-def scan(decay: jax.Array, x: jax.Array, state: jax.Array, reverse: bool, chunk: int) -> jax.Array:
-    """Returns h [B, T, ...] of decays and x [B, T, ...] and a state [B, ...], all of one dtype."""
+def scan(
+    decay: jax.Array, x: jax.Array, state: jax.Array, reverse: bool, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """(h, last state) of decays and x [B, T, ...] and a state [B, ...], all of one dtype."""
     # Time in front from here on.
     h = time_first(jnp.moveaxis(decay, 1, 0), jnp.moveaxis(x, 1, 0), state, reverse, chunk)
-    return checkpoint_name(jnp.moveaxis(h, 0, 1), 'diagonal_scan_out')
+    h = checkpoint_name(jnp.moveaxis(h, 0, 1), 'diagonal_scan_out')
+    return h, h[:, 0 if reverse else -1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -1,0 +1,34 @@
+"""Why a Pallas kernel cannot run at a place, or None."""
+
+import jax
+from jax.sharding import AxisType
+
+from effjax.kernels import choice
+
+
+def refuse_tpu() -> str | None:
+    """Returns why a TPU kernel cannot run here, or None."""
+    if choice.platform() != 'tpu':
+        return f'it needs a TPU, not {choice.platform()}'
+    return refuse_mesh()
+
+
+def refuse_hopper() -> str | None:
+    """Returns why a kernel for Hopper GPUs cannot run here, or None."""
+    if choice.platform() != 'gpu':
+        return f'it needs a Hopper GPU, not {choice.platform()}'
+    if jax.default_backend() == 'gpu':  # else one is planned for
+        capability = str(jax.local_devices(backend='gpu')[0].compute_capability)
+        if capability != '9.0':
+            return f'it needs compute capability 9.0, which Hopper has, not {capability}'
+    return refuse_mesh()
+
+
+def refuse_mesh() -> str | None:
+    """Returns why no kernel can run under the present mesh, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = [a for a, kind in kinds if kind != AxisType.Manual and mesh.shape[a] > 1]
+    if free:
+        return f'XLA cannot cut it along the mesh axes {", ".join(free)}: call it in a shard_map'
+    return None

@@ -1,0 +1,28 @@
+"""The diagonal recurrence on Hopper GPUs: each pass goes over memory once."""
+
+from typing import Any
+
+import jax
+
+from effjax.kernels.devices import refuse_hopper
+from effjax.kernels.diagonal_scan import planes
+from effjax.kernels.diagonal_scan.plan import BLOCKS, plan_for
+
+
+def refuse(x: Any, wide: Any) -> str | None:
+    """Returns why the kernels cannot run this call here, or None.
+
+    Args:
+      x: inputs [B, T, ...], or their shape and dtype.
+      wide: dtype of the arithmetic.
+    """
+    return refuse_hopper() or planes.refuse(x, wide)
+
+
+def scan(
+    decay: jax.Array, x: jax.Array, state: jax.Array, reverse: bool, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """(h [B, T, ...] in the dtype of x, last state) of decays, x and a state [B, ...]."""
+    del chunk  # 'xla's
+    plan = plan_for(x.shape[1], state[0].size, BLOCKS['pallas_gpu'])
+    return planes.scan('hopper_kernels', plan, decay, x, state, reverse)

@@ -1,0 +1,302 @@
+"""Pallas kernels of the diagonal recurrence: against float64, lowered, compiled ahead."""
+
+import contextlib
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+from effjax.costs import walk
+from effjax.kernels import diagonal_scan, last_choice, target
+from effjax.kernels.diagonal_scan import cost, plan
+
+B, T, D = 2, 41, 5
+# Documents end at a block's end (16, 32) and inside; padding stands before, between and after.
+SEGMENTS = np.repeat(
+    np.array([[1, 0, 2, 3, 4, 5], [0, 1, 2, 0, 2, 0]], np.int32), [4, 3, 9, 16, 2, 7], axis=1
+)
+BOTH = ['pallas_tpu', 'pallas_gpu']
+
+
+def inputs(seed=0, *, length=T, channels=(D,), is_complex=False, strength=0.3):
+    """A dict of float32 or complex64 arrays."""
+    rng = np.random.default_rng(seed)
+    shape = (B, length, *channels)
+    out = {
+        'x': rng.normal(size=shape),
+        'log_decay': -rng.exponential(strength, size=shape),
+        'initial_state': rng.normal(size=(B, *channels)),
+    }
+    if is_complex:
+        out = {n: x + 1j * rng.normal(size=x.shape) for n, x in out.items()}
+    return {n: x.astype(np.complex64 if is_complex else np.float32) for n, x in out.items()}
+
+
+def loss(arrays, segments, reverse, implementation):
+    """A number that needs every output and the last state, and both of them."""
+    h, last = diagonal_scan(
+        **arrays, segment_ids=segments, reverse=reverse, return_state=True,
+        implementation=implementation,
+    )  # fmt: skip
+
+    def bent(a):
+        return jnp.sin(a.real.astype(jnp.float32)) + jnp.cos(2 * a.imag)
+
+    weight = np.random.default_rng(9).normal(size=last.shape).astype(np.float32)
+    return jnp.sum(bent(h)) + jnp.sum(bent(last) * weight), (h, last)
+
+
+@contextlib.contextmanager
+def interpreted(implementation):
+    """Races raise, and what is unwritten is NaN."""
+    if implementation == 'pallas_tpu':
+        mode = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))
+    else:
+        mode = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
+    with target(implementation.removeprefix('pallas_')), mode:
+        yield
+
+
+def run(arrays, segments, reverse=False, implementation='reference'):
+    """((h, last), gradients)."""
+    f = functools.partial(loss, reverse=reverse, implementation=implementation)
+    both = jax.jit(jax.value_and_grad(f, has_aux=True))
+    if implementation == 'reference':
+        (_, out), grads = both(arrays, segments)
+    else:
+        with interpreted(implementation):
+            (_, out), grads = jax.block_until_ready(both(arrays, segments))
+    assert last_choice('diagonal_scan')['implementation'] == implementation
+    return out, grads
+
+
+def truth(arrays, segments, reverse=False):
+    """The same by the token loop in 64 bits."""
+    with jax.enable_x64(True):
+        wide = {
+            n: jnp.asarray(x, jnp.complex128 if np.iscomplexobj(x) else jnp.float64)
+            for n, x in arrays.items()
+        }
+        return jax.tree.map(np.asarray, run(wide, segments, reverse))
+
+
+CASES = [
+    pytest.param(name, segments, is_complex, reverse, marks=[] if fast else [pytest.mark.ci])
+    for name in BOTH
+    for segments in (True, False)
+    for is_complex in (False, True)
+    for reverse in (False, True)
+    for fast in [segments and not is_complex and not reverse]
+]
+
+
+@pytest.mark.parametrize(('name', 'segments', 'is_complex', 'reverse'), CASES)
+def test_values_and_gradients_in_the_interpreter(name, segments, is_complex, reverse, monkeypatch):
+    monkeypatch.setattr(plan, 'SHARED', 0)  # rings of two blocks, so that they come round
+    monkeypatch.setitem(plan.BLOCKS, 'pallas_tpu', plan.Plan(32, 128))
+    arrays, ids = inputs(is_complex=is_complex), SEGMENTS if segments else None
+    got, expected = run(arrays, ids, reverse, name), truth(arrays, ids, reverse)
+    # float32 sums of about ten terms of order 1, and gradients of some such sums
+    chex.assert_trees_all_close(got, expected, atol=2e-5, rtol=1e-5)
+    if segments:
+        assert not np.any(np.asarray(got[1]['x'])[SEGMENTS == 0])
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize('is_complex', [False, True], ids=['real', 'complex'])
+@pytest.mark.parametrize('name', BOTH)
+def test_many_blocks_and_dimensions_of_channels(name, is_complex):
+    """Two blocks of channels and as many of tokens as the ring's stages and more."""
+    arrays = inputs(1, length=300, channels=(2, 70), is_complex=is_complex)
+    got, expected = run(arrays, None, False, name), truth(arrays, None)
+    chex.assert_trees_all_close(got, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize('name', BOTH)
+def test_bfloat16_inputs(name, reverse):
+    arrays = inputs(2)
+    arrays['x'] = np.asarray(jnp.bfloat16(arrays['x']))
+    (h, last), grads = run(arrays, SEGMENTS, reverse, name)
+    assert h.dtype == grads['x'].dtype == jnp.bfloat16
+    assert last.dtype == grads['log_decay'].dtype == jnp.float32
+    expected = truth(arrays, SEGMENTS, reverse)
+    (wide_h, wide_last), wide_grads = expected
+    # Only what is stored is rounded: the state goes on in float32.
+    np.testing.assert_allclose(last, wide_last, atol=1e-5)
+    errors = jax.tree.map(
+        lambda a, b: np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b),
+        (h, grads),
+        (wide_h, wide_grads),
+    )
+    assert max(jax.tree.leaves(errors)) < 2**-8, errors  # of 8 bits
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize('strength', [0.0, -1e-4, -50.0, -np.inf])
+@pytest.mark.parametrize('name', BOTH)
+def test_extreme_decays_stay_finite_and_right(name, strength):
+    """Every third token decays by so much, the others a little."""
+    arrays = inputs(4)
+    arrays['log_decay'][:, ::3] = strength
+    got = run(arrays, None, False, name)
+    finite = {**arrays, 'log_decay': np.maximum(arrays['log_decay'], -1e4)}
+    chex.assert_trees_all_close(got, truth(finite, None), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize('name', BOTH)
+def test_padding_is_never_read_and_a_row_of_padding_keeps_its_state(name):
+    arrays, at = inputs(5), (SEGMENTS == 0)[..., None]
+    noisy = {**arrays, **{n: np.where(at, np.nan, arrays[n]) for n in ('x', 'log_decay')}}
+    clean, dirty = run(arrays, SEGMENTS, False, name), run(noisy, SEGMENTS, False, name)
+    chex.assert_trees_all_equal(clean[0], dirty[0])
+    chex.assert_trees_all_equal(clean[1]['x'], dirty[1]['x'])
+    (h, last), _ = run(arrays, np.zeros((B, T), np.int32), False, name)
+    np.testing.assert_array_equal(last, arrays['initial_state'])
+    assert not np.any(h)
+
+
+@pytest.mark.ci
+def test_under_vmap_scan_and_remat(monkeypatch):
+    """As models call it: stacked layers that recompute, seeds side by side."""
+    # The interpreter of TPU kernels has side effects, which rematerialisation refuses.
+    monkeypatch.setattr(pl, 'pallas_call', functools.partial(pl.pallas_call, interpret=True))
+    arrays = inputs(6)
+
+    def model(implementation, x, log_decay):
+        def layer(x, _):
+            f = functools.partial(diagonal_scan, implementation=implementation)
+            return x + f(x, log_decay, segment_ids=SEGMENTS) / 8, None
+
+        saved = jax.checkpoint_policies.save_only_these_names('diagonal_scan_out')
+        x, _ = jax.lax.scan(jax.checkpoint(layer, policy=saved), x, length=2)
+        return jnp.sum(jnp.sin(x))
+
+    args = [np.stack([arrays[n], arrays[n] / 2]) for n in ('x', 'log_decay')]
+
+    def grads(name):
+        return jax.jit(jax.vmap(jax.grad(functools.partial(model, name), (0, 1))))
+
+    expected = grads('xla')(*args)
+    with target('tpu'):
+        got = jax.block_until_ready(grads('pallas_tpu')(*args))
+    chex.assert_trees_all_close(got, expected, atol=2e-5, rtol=1e-5)
+    with target('gpu'):  # lowered only
+        grads('pallas_gpu').trace(*args).lower(lowering_platforms=('cuda',))
+
+
+def shapes(batch, length, channels, dtype='float32', sharding=None):
+    """Abstract arguments of a call with an initial state, and documents."""
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    arrays = {
+        'x': array((batch, length, channels), dtype),
+        'log_decay': array((batch, length, channels), wide),
+        'initial_state': array((batch, channels), wide),
+    }
+    return arrays, array((batch, length), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ('name', 'platform', 'call'),
+    [('pallas_tpu', 'tpu', 'tpu_custom_call'), ('pallas_gpu', 'cuda', '@mosaic_gpu')],
+)
+@pytest.mark.parametrize('dtype', ['bfloat16', pytest.param('complex64', marks=pytest.mark.ci)])
+def test_lowers(name, platform, call, dtype):
+    """For a GPU this decides on layouts and sees whether shared memory is enough."""
+    f = jax.value_and_grad(lambda *a: loss(*a, False, None), has_aux=True)
+    with target(name.removeprefix('pallas_')):
+        lowered = (
+            jax.jit(f).trace(*shapes(2, 300, 200, dtype)).lower(lowering_platforms=(platform,))
+        )
+        assert last_choice('diagonal_scan')['implementation'] == name
+    assert lowered.as_text().count(f'custom_call {call}' if platform == 'cuda' else call) == 2
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
+@pytest.mark.parametrize(
+    ('dims', 'dtype'),
+    [
+        ((8, 4096, 2048), 'float32'),
+        ((8, 4096, 2048), 'bfloat16'),
+        ((2, 1000, 1300), 'complex64'),
+    ],
+)
+def test_compiles_for_a_tpu_ahead(topology, dims, dtype, monkeypatch):
+    libtpu = pytest.importorskip('libtpu', reason='needs libtpu, of the extra effjax[tpu]')
+    for name, value in {
+        'TPU_SKIP_MDS_QUERY': '1',
+        'TPU_LIBRARY_PATH': libtpu.get_library_path(),
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    }.items():
+        monkeypatch.setenv(name, value)
+    device = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    args = shapes(*dims, dtype, sharding=sharding)
+    f = jax.value_and_grad(lambda *a: loss(*a, False, 'pallas_tpu'), has_aux=True)
+    with target('tpu'):
+        compiled = jax.jit(f).lower(*args).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    # Decays, what is written, the gradients of h and of both, and a copy in whole blocks.
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(args[0])]
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * max(sizes)
+
+
+@pytest.mark.parametrize('is_complex', [False, True], ids=['real', 'complex'])
+@pytest.mark.parametrize('name', BOTH)
+def test_costs_against_the_walk(name, is_complex):
+    arrays, _ = shapes(2, 300, 200, 'complex64' if is_complex else 'float32')
+    f = functools.partial(diagonal_scan, implementation=name)
+    with target(name.removeprefix('pallas_')):
+        walked = walk(lambda a: f(**a), arrays, strict=True)
+        both = walk(jax.grad(lambda a: jnp.sum(f(**a).real)), arrays, strict=True)
+    expected = cost.executed_flops(name, 2, 300, 200, is_complex=is_complex)
+    assert walked.total == expected
+    assert both.kind('kernel') == 3 * walked.kind('kernel')
+
+
+@pytest.mark.parametrize('length', [1, 16, 41, 257, 300, 4096, 5000])
+@pytest.mark.parametrize('name', BOTH)
+def test_blocks_fill_up_little(name, length):
+    most = plan.BLOCKS[name]
+    for channels in (1, 128, 200, 2048, 2560):
+        blocks = plan.plan_for(length, channels, most)
+        whole = -(-length // blocks.size) * blocks.size
+        assert blocks.size <= most.size and not blocks.size % plan.ROWS
+        assert whole - length < plan.ROWS * (whole // blocks.size)
+        assert blocks.width <= most.width
+        assert -(-channels // blocks.width) * blocks.width - channels < plan.LANES
+
+
+def test_what_cannot_run_is_said():
+    def chosen(platform, *shape, dtype=jnp.float32):
+        x = jax.ShapeDtypeStruct(shape, dtype)
+        with target(platform):
+            decay = jax.ShapeDtypeStruct(shape, jnp.float32)
+            jax.eval_shape(lambda *a: diagonal_scan(*a), x, decay)  # traced anew
+        return last_choice('diagonal_scan')
+
+    for platform in ('tpu', 'gpu'):
+        name = f'pallas_{platform}'
+        assert chosen(platform, 1, 4, 2)['implementation'] == name
+        refused = chosen(platform, 1, 4, 2, dtype=jnp.float16)['refused'][name]
+        assert refused == 'it takes float32, bfloat16 or complex64, not float16 in float32'
+        assert 'no empty arrays' in chosen(platform, 0, 4, 2)['refused'][name]
+        mesh = jax.sharding.AbstractMesh((2,), ('data',))
+        with jax.sharding.use_abstract_mesh(mesh):
+            choice = chosen(platform, 1, 4, 2)
+        assert 'along the mesh axes data: call it in a shard_map' in choice['refused'][name]
+    x = np.zeros((1, 4, 1), np.float32)
+    for name, why in (('tpu', 'a TPU'), ('gpu', 'a Hopper GPU')):
+        with pytest.raises(ValueError, match=f'cannot run as .pallas_{name}.: it needs {why}, not'):
+            diagonal_scan(x, x, implementation=f'pallas_{name}')
