@@ -3,6 +3,7 @@
 Plain Python: `effjax.costs` imports it without jax.
 """
 
+from effjax.kernels.attention import blocks
 from effjax.kernels.attention.mask import MaskSpec
 from effjax.kernels.attention.mask import scored as planned_pairs
 
@@ -105,9 +106,12 @@ def executed_pairs(
     """Pairs a head and row that an implementation really scores, masked ones included.
 
     'cudnn' and 'splash' skip what the mask excludes but for the diagonal's blocks: they are
-    booked at the allowed pairs. `packed` is of rows of several documents.
+    booked at the allowed pairs, or where the mask is sparse at those of the blocks that 'splash'
+    visits. `packed` is of rows of several documents.
     """
     kv_len = q_len if kv_len is None else kv_len
+    if implementation == 'splash' and spec is not None:
+        return blocks.executed(spec, q_len)
     if implementation in ('cudnn', 'splash'):
         return pairs(q_len, kv_len, mask=mask, window=window)
     if implementation == 'reference':

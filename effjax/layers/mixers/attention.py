@@ -1,6 +1,7 @@
 """Softmax attention: multi-head, grouped and multi-query, with a window or without."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -238,12 +239,11 @@ class Attention(nnx.Module):
 
     def _parallel(self, q: jax.Array, k: jax.Array, v: jax.Array, info: SeqInfo) -> jax.Array:
         dropout = self.attention_dropout if info.train else 0.0
-        mesh, implementation = auto_axes(), self.implementation
         mask, window = self._mask()
-        if 'sequence' in mesh and implementation is None:
-            implementation = 'xla'  # the only one that XLA can partition along the sequence
 
-        def kernel(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
+        def kernel(
+            q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None, named: str | None
+        ) -> jax.Array:
             return attention(
                 q,
                 k,
@@ -254,17 +254,38 @@ class Attention(nnx.Module):
                 soft_cap=self.soft_cap,
                 dropout=dropout,
                 rng=info.rng if dropout else None,
-                implementation=implementation,
+                implementation=named,
             )
 
+        return self._over_devices(kernel, (q, k, v), (info.segment_ids,))
+
+    def _over_devices(
+        self,
+        kernel: Callable[..., jax.Array],
+        inputs: tuple[jax.Array, jax.Array, jax.Array],
+        by_token: tuple[jax.Array | None, ...],
+        *,
+        by_head: bool = True,
+    ) -> jax.Array:
+        """Runs a kernel so that each device of a mesh has its rows and heads.
+
+        Kernels of accelerators are opaque to the partitioner.
+
+        Args:
+          kernel: `kernel(q, k, v, *by_token, implementation)`.
+          inputs: queries, keys, values.
+          by_token: arrays [B, T], or None.
+          by_head: heads may be parted: the kernel treats all alike.
+        """
+        mesh, named = auto_axes(), self.implementation
+        if 'sequence' in mesh and named is None:
+            named = 'xla'  # the only one that XLA can partition along the sequence
         if not mesh or 'sequence' in mesh or platform() == 'cpu':
-            return kernel(q, k, v, info.segment_ids)
-        # Kernels of accelerators are opaque to the partitioner: each device gets its rows and
-        # heads.
-        heads, kv_heads = self._sharded_heads(mesh)
+            return kernel(*inputs, *by_token, named)
+        heads, kv_heads = self._sharded_heads(mesh) if by_head else (None, None)
         q_axes, kv_axes = ('batch', None, heads, None), ('batch', None, kv_heads, None)
-        in_axes = (q_axes, kv_axes, kv_axes, ('batch', None))
-        return over(kernel, in_axes, q_axes)(q, k, v, info.segment_ids)
+        in_axes = (q_axes, kv_axes, kv_axes, *[('batch', None) for _ in by_token])
+        return over(lambda *args: kernel(*args, named), in_axes, q_axes)(*inputs, *by_token)
 
     def _sharded_heads(self, mesh: dict[str, int]) -> tuple[str | None, str | None]:
         """Names of the head dimensions of queries and of keys, None where they stay whole.

@@ -19,7 +19,8 @@ class SparseAttention(Attention):
     """Attention whose mask is a `MaskSpec` a head, in places of a document.
 
     A subclass gives its `name`, sets what its masks need, and defines `mask`. Rows of one document
-    gather blocks of keys, so that T x T is never formed. Rows of several do the same where masks
+    gather blocks of keys, so that T x T is never formed; on a TPU one kernel visits the blocks that
+    hold a pair, where a mask has one softmax. Rows of several gather too where masks
     are made of distances: windows, segments, strides, and at most 16 first tokens that are seen by
     all but, in a causal model, see nothing ahead. Where tokens are named by their place in a
     document (random blocks; tokens that see all; last tokens) they lie anywhere in a packed row, as
@@ -87,19 +88,32 @@ class SparseAttention(Attention):
 
     def _parallel(self, q: jax.Array, k: jax.Array, v: jax.Array, info: SeqInfo) -> jax.Array:
         dropout = self.attention_dropout if info.train else 0.0
+        mask = _one(self.mask())
         places = None if info.segment_ids is None else info.positions
-        return attention(
-            q,
-            k,
-            v,
-            mask=_one(self.mask()),
-            segment_ids=info.segment_ids,
-            q_positions=places,
-            kv_positions=places,
-            dropout=dropout,
-            rng=info.rng if dropout else None,
-            implementation=self.implementation,
-        )
+
+        def kernel(
+            q: jax.Array,
+            k: jax.Array,
+            v: jax.Array,
+            ids: jax.Array | None,
+            places: jax.Array | None,
+            named: str | None,
+        ) -> jax.Array:
+            return attention(
+                q,
+                k,
+                v,
+                mask=mask,
+                segment_ids=ids,
+                q_positions=places,
+                kv_positions=places,
+                dropout=dropout,
+                rng=info.rng if dropout else None,
+                implementation=named,
+            )
+
+        alike = isinstance(mask, MaskSpec)
+        return self._over_devices(kernel, (q, k, v), (info.segment_ids, places), by_head=alike)
 
     def _first_state(self, k: jax.Array, v: jax.Array, info: SeqInfo) -> State:
         state = self.init_state(k.shape[0], self.max_len, k.dtype)
