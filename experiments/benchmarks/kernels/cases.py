@@ -1,0 +1,173 @@
+"""What is timed: inputs, our implementations, and the least work that each case must do."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from effjax.kernels import attention, diagonal_scan, linear_recurrence, selective_scan
+from effjax.kernels.attention.cost import attention_flops, pairs
+
+Arrays = tuple[jax.Array, ...]
+CHUNK = 64  # tokens of the chunks whose FLOPs a recurrence's floor counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One operation at one shape.
+
+    Attributes:
+      op: operation, which says what peers take.
+      shape: sizes, in words.
+      make: `make(key) -> arrays`.
+      run: `run(implementation, *arrays) -> output`.
+      ours: implementations of ours that are timed.
+      flops: FLOPs of the forward and of the backward pass, by the algorithm.
+      context: other facts that peers need.
+    """
+
+    op: str
+    shape: str
+    make: Callable[[jax.Array], Arrays]
+    run: Callable[..., jax.Array]
+    ours: tuple[str | None, ...]
+    flops: tuple[float, float]
+    context: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f'{self.op} {self.shape}'
+
+    def bytes(self) -> tuple[int, int]:
+        """Returns the fewest bytes of the forward pass, and of the backward pass.
+
+        Inputs are read and outputs written once a pass; the backward pass reads the inputs and the
+        output's gradient and writes a gradient of each input.
+        """
+        arrays = jax.eval_shape(self.make, jax.random.key(0))
+        out = jax.eval_shape(functools.partial(self.run, 'xla'), *arrays)
+        read, written = sum(map(_bytes, arrays)), _bytes(out)
+        return read + written, 2 * read + written
+
+
+def _bytes(x: Any) -> int:
+    return x.size * x.dtype.itemsize
+
+
+def recurrence(
+    decay: str, b: int, t: int, h: int, k: int, v: int, *, groups: int | None = None
+) -> Case:
+    """A linear recurrence in bfloat16, [B, T, H, K] keys and [B, T, H, V] values."""
+    g = groups or h
+
+    def make(key: jax.Array) -> Arrays:
+        keys = jax.random.split(key, 4)
+        q, key_ = (_normal(x, (b, t, g, k)) * k**-0.5 for x in keys[:2])
+        decays = {'scalar': (b, t, h), 'vector': (b, t, h, k)}
+        arrays = (q, key_, _normal(keys[2], (b, t, h, v)))
+        if decay == 'none':
+            return arrays
+        return (*arrays, -jax.nn.softplus(_normal(keys[3], decays[decay], jnp.float32) - 2))
+
+    def run(implementation: str | None, *arrays: jax.Array) -> jax.Array:
+        return linear_recurrence(*arrays, implementation=implementation)
+
+    state, tokens = k * v, float(b * t)
+    within = h * v + g * k  # scores once a query head, values once a value head
+    return Case(
+        f'{decay} decay',
+        f'{b},{t},{h},{k},{v}' + (f', {g} query heads' if groups else ''),
+        make,
+        run,
+        (None, 'xla'),
+        (
+            tokens * (2 * CHUNK * within + 4 * h * state),
+            tokens * (2 * CHUNK * (2 * h * v + 3 * g * k) + 8 * h * state),
+        ),
+    )
+
+
+def scan(b: int, t: int, d: int) -> Case:
+    """The elementwise recurrence in float32."""
+
+    def make(key: jax.Array) -> Arrays:
+        keys = jax.random.split(key)
+        x, decay = (_normal(k, (b, t, d), jnp.float32) for k in keys)
+        return x, -jax.nn.softplus(decay)
+
+    def run(implementation: str | None, *arrays: jax.Array) -> jax.Array:
+        return diagonal_scan(*arrays, implementation=implementation)
+
+    size = float(b * t * d)
+    return Case('diagonal scan', f'{b},{t},{d}', make, run, (None, 'xla'), (2 * size, 4 * size))
+
+
+def mamba(b: int, t: int, d: int, n: int) -> Case:
+    """Mamba's selective scan, inputs in bfloat16, steps in float32."""
+
+    def make(key: jax.Array) -> Arrays:
+        keys = jax.random.split(key, 4)
+        u, (read, write) = _normal(keys[0], (b, t, d)), (_normal(k, (b, t, n)) for k in keys[1:3])
+        dt = jax.nn.softplus(_normal(keys[3], (b, t, d), jnp.float32) - 4)
+        a = -jnp.broadcast_to(jnp.arange(1, n + 1, dtype=jnp.float32), (d, n))
+        return u, dt, a, write, read
+
+    def run(implementation: str | None, *arrays: jax.Array) -> jax.Array:
+        return selective_scan(*arrays, implementation=implementation)
+
+    size = float(b * t * d * n)
+    return Case(
+        'selective scan', f'{b},{t},{d},{n}', make, run, (None, 'xla'), (6 * size, 15 * size)
+    )
+
+
+def softmax(b: int, t: int, h: int, d: int, *, window: int | None = None) -> Case:
+    """Causal attention in bfloat16, whole or over a window."""
+
+    def make(key: jax.Array) -> Arrays:
+        return tuple(_normal(k, (b, t, h, d)) for k in jax.random.split(key, 3))
+
+    def run(implementation: str | None, *arrays: jax.Array) -> jax.Array:
+        return attention(*arrays, window=window, implementation=implementation)
+
+    flops = attention_flops(b, h, d, pairs(t, window=window))
+    return Case(
+        'causal attention' if window is None else f'window {window}',
+        f'{b},{t},{h},{d}',
+        make,
+        run,
+        ('pallas_gpu', 'cudnn'),
+        (flops, 2.5 * flops),
+        {'window': window},
+    )
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.Array:
+    return jax.random.normal(key, shape, dtype)
+
+
+CASES = (
+    recurrence('none', 4, 8192, 16, 128, 128),
+    recurrence('scalar', 4, 8192, 16, 128, 128),
+    recurrence('scalar', 16, 2048, 16, 128, 128),
+    recurrence('scalar', 1, 32768, 16, 128, 128),
+    recurrence('scalar', 4, 8192, 32, 128, 64),
+    recurrence('scalar', 8, 4096, 64, 128, 64, groups=1),
+    recurrence('scalar', 8, 4096, 8, 256, 512),
+    recurrence('vector', 4, 8192, 16, 128, 128),
+    scan(8, 4096, 2048),
+    scan(8, 16384, 2048),
+    mamba(8, 2048, 4096, 16),
+    softmax(4, 8192, 16, 128),
+    softmax(1, 32768, 16, 128),
+    softmax(1, 32768, 16, 128, window=1024),
+)
+SMALL = (
+    recurrence('scalar', 1, 64, 2, 16, 16),
+    recurrence('vector', 1, 64, 2, 16, 16),
+    scan(1, 64, 8),
+    mamba(1, 64, 8, 4),
+)

@@ -1,0 +1,40 @@
+"""The benchmark of kernels runs everything it names, tiny, and says what is wrong or missing."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from experiments.benchmarks.kernels import cases, run
+
+
+@pytest.mark.ci
+def test_tiny_shapes_on_a_cpu(tmp_path, capsys):
+    out = tmp_path / 'rows.json'
+    run.main(['--small', '--calls', '1', '--rounds', '1', '--out', str(out)])
+    rows = json.loads(out.read_text())['rows']
+    assert [row['case'] for row in rows] == [case.name for case in cases.SMALL]
+    for row in rows:
+        ours = row['programs']['effjax']
+        assert ours['ran'] == 'xla' and ours['error_of_gradients'] < 1e-6
+        assert 0 < row['floor'][0] < row['floor'][1]
+    others = [row['programs'].get('associative_scan') for row in rows[2:]]
+    assert all(found['error_of_gradients'] < run.BOUND for found in others)
+    text = capsys.readouterr().out
+    assert '| **scalar decay 1,64,2,16,16** | floor |' in text and '**wrong**' not in text
+
+
+def test_a_wrong_result_is_marked():
+    found = {'forward': 1.0, 'whole': 2.0, 'error_of_output': 0.5, 'error_of_gradients': 0.0}
+    row = {'case': 'x', 'floor': [0.5, 1.0], 'programs': {'a': found, 'b': {'error': 'no GPU'}}}
+    first, second, third = run.lines(row)
+    assert '50% / 50%' in second and '**wrong**' in second and 'no GPU' in third and 'x' in first
+    assert run.distance([jnp.ones(2)], [jnp.full(2, 2.0)]) == 0.5
+
+
+def test_floors_count_each_array_once():
+    case = cases.recurrence('scalar', 2, 64, 4, 16, 8)
+    tokens = 2 * 64 * 4
+    inputs, out = tokens * (2 * 2 * 16 + 2 * 8 + 4), tokens * 2 * 8
+    assert case.bytes() == (inputs + out, 2 * inputs + out)
+    assert case.flops[0] == tokens * (2 * 64 * (16 + 8) + 4 * 16 * 8)
