@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 
 from effjax.costs import walk
@@ -80,6 +79,9 @@ def truth(arrays, segments):
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arrays)
         return jax.tree.map(np.asarray, run(wide, segments, 'reference'))
+
+
+CHUNK = tpu_plan.CHUNK
 
 
 @pytest.fixture(autouse=True)
@@ -233,18 +235,9 @@ def test_lowers_for_tpu(decay, monkeypatch):
         ((1, 1000, 2, 1, 256, 512), 'float32', 'vector'),
     ],
 )
-def test_compiles_for_a_tpu_ahead(topology, dims, dtype, decay, monkeypatch):
-    libtpu = pytest.importorskip('libtpu', reason='needs libtpu, of the extra effjax[tpu]')
-    monkeypatch.undo()
-    for name, value in {
-        'TPU_SKIP_MDS_QUERY': '1',
-        'TPU_LIBRARY_PATH': libtpu.get_library_path(),
-        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    }.items():
-        monkeypatch.setenv(name, value)
-    device = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    args = shapes(*dims, dtype, decay=decay, sharding=sharding)
+def test_compiles_for_a_tpu_ahead(topology, dims, dtype, decay, tpu_sharding, monkeypatch):
+    monkeypatch.setattr(tpu_plan, 'CHUNK', CHUNK)
+    args = shapes(*dims, dtype, decay=decay, sharding=tpu_sharding(topology))
     f = jax.value_and_grad(lambda *a: loss(*a, 'pallas_tpu'), has_aux=True)
     with target('tpu'):
         compiled = jax.jit(f).lower(*args).compile()

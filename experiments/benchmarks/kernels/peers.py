@@ -35,9 +35,9 @@ def _jla(case: Case, *arrays: jax.Array) -> jax.Array:
         u, dt, a, write, read = arrays
         return linear_attention('mamba1', read, write, u, dt=dt, a=a, impl='mosaic_gpu')[0]
     q, k, v, *decay = arrays
-    kind = {'none decay': 'linear', 'scalar decay': 'simple_gla', 'vector decay': 'gla'}[case.op]
-    options: dict[str, Any] = {'g': decay[0]} if decay else {}
-    return linear_attention(kind, q, k, v, scale=1.0, impl='mosaic_gpu', **options)[0]
+    kind = 'gla' if case.op == 'vector decay' else 'simple_gla'
+    g = decay[0] if decay else jnp.zeros(v.shape[:3], jnp.float32)
+    return linear_attention(kind, q, k, v, g=g, scale=1.0, impl='mosaic_gpu')[0]
 
 
 def _associative(x: jax.Array, log_decay: jax.Array) -> jax.Array:

@@ -1,0 +1,34 @@
+"""What the tests of kernels share: chips to compile for ahead of time."""
+
+import os
+from collections.abc import Callable
+
+import jax
+import pytest
+from jax.experimental import topologies
+
+
+@pytest.fixture
+def tpu_sharding(monkeypatch) -> Callable:
+    """Returns `sharding(topology)`: one chip of a TPU topology, which libtpu compiles for anywhere.
+
+    Skips without libtpu, unless `EFFJAX_NEED_LIBTPU` is set, as it is where everything must run.
+    """
+    try:
+        import libtpu
+    except ImportError:
+        if os.environ.get('EFFJAX_NEED_LIBTPU'):
+            raise
+        pytest.skip('needs libtpu, of the extra effjax[tpu]')
+    for name, value in {
+        'TPU_SKIP_MDS_QUERY': '1',
+        'TPU_LIBRARY_PATH': libtpu.get_library_path(),
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    def sharding(topology: str) -> jax.sharding.SingleDeviceSharding:
+        chips = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+        return jax.sharding.SingleDeviceSharding(chips[0])
+
+    return sharding
