@@ -32,6 +32,9 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 # BLAS and XLA already use both cores of a small machine; more threads only fight.
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+# But the interpreter of GPU kernels lets each simulated warpgroup wait in a thread of XLA's pool,
+# which has one a core: with fewer than warpgroups, they wait forever.
+os.environ.setdefault('NPROC', '8')
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -30,7 +30,10 @@ from effjax.costs import products
 # function), where the name is the `pallas_call`'s or the custom call's. The function takes a
 # `products.KernelCall` and returns FLOPs on one device, or None where it cannot tell.
 KERNELS: dict[str, str | Callable[[products.KernelCall], float | None]] = {
+    'attention_': 'effjax.kernels.attention.cost:kernel_flops',
     'diagonal_scan_': 'effjax.kernels.diagonal_scan.cost:kernel_flops',
+    'linear_recurrence_walk': 'effjax.kernels.linear_recurrence.cost:kernel_flops',
+    'selective_scan_': 'effjax.kernels.selective_scan.cost:kernel_flops',
     'splash_': 'effjax.costs.products:splash_attention',
 }
 

@@ -3,8 +3,10 @@
 Plain Python: `effjax.costs` imports it without jax.
 """
 
+from typing import Any
+
 from effjax.kernels import halving
-from effjax.kernels.linear_recurrence.tpu_plan import plan_for
+from effjax.kernels.linear_recurrence import hopper_plan, tpu_plan
 
 CHUNK = 64  # tokens of a chunk unless the caller says otherwise
 LEAF = 16  # longest block whose pairs are formed one by one where each key dimension decays alone
@@ -59,7 +61,7 @@ def executed_flops(
     for the recurrence of the states and running sums of decays.
 
     Args:
-      implementation: 'pallas_tpu', 'xla' or 'reference'.
+      implementation: 'pallas_tpu', 'pallas_gpu', 'xla' or 'reference'.
       batch: rows B.
       length: tokens T.
       heads: value heads H.
@@ -68,13 +70,19 @@ def executed_flops(
       decay: 'none', 'scalar' ([B, T, H]) or 'vector' ([B, T, H, K]).
       bonus: whether there is one.
       groups: query and key heads; None means H. Vector decays and bonuses repeat them.
-      chunk: tokens of a chunk of 'xla'; 'pallas_tpu' has its own, here those for bfloat16.
+      chunk: tokens of a chunk of 'xla'; kernels have their own, here those for bfloat16.
     """
-    if implementation == 'pallas_tpu':
-        dims = (length, heads, groups or heads, key_dim, value_dim)
-        plan = plan_for(*dims, decay=decay, strict=bonus, itemsize=2)
+    if implementation in ('pallas_tpu', 'pallas_gpu'):
+        dims = (heads, groups or heads, key_dim, value_dim)
+        plan: tpu_plan.Plan | hopper_plan.Plan | None
+        if implementation == 'pallas_tpu':
+            plan = tpu_plan.plan_for(length, *dims, decay=decay, strict=bonus, itemsize=2)
+        else:
+            plan = hopper_plan.plan_for(*dims, decay=decay)
         if plan is None:
-            raise ValueError(f'linear_recurrence: pallas_tpu has no plan for {dims}.')
+            raise ValueError(
+                f'linear_recurrence: {implementation} has no plan for {(length, *dims)}.'
+            )
         chunks = batch * -(-length // plan.size)
         sums = {'none': 0.0, 'vector': 2.0 * key_dim}.get(decay, 2.0)  # by XLA, before the kernel
         return chunks * (plan.forward_flops + sums * plan.size * heads)
@@ -99,3 +107,11 @@ def executed_flops(
         # Two running sums, for what is written and for what is read.
         flops += 4.0 * size * heads * (key_dim if vector else 1)
     return count * flops
+
+
+def kernel_flops(call: Any) -> float:
+    """FLOPs of one walk of the Hopper kernel, a `costs.products.KernelCall`."""
+    batch, length, _, key_dim = call.inputs[0].shape
+    _, heads, _, value_dim = call.outputs[1].shape  # the last state
+    chunks = batch * (length // hopper_plan.CHUNK)
+    return float(chunks * heads * hopper_plan.Walk(key_dim).flops(value_dim))

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from effjax.kernels import choice
-from effjax.kernels.linear_recurrence import cost, problem, reference, tpu, xla
+from effjax.kernels.linear_recurrence import cost, hopper, problem, reference, tpu, xla
 
-_IMPLEMENTATIONS = {'pallas_tpu': tpu, 'xla': xla, 'reference': reference}
+_KERNELS = {'pallas_tpu': tpu, 'pallas_gpu': hopper}
+_IMPLEMENTATIONS = {**_KERNELS, 'xla': xla, 'reference': reference}
 
 
 def linear_recurrence(
@@ -50,7 +51,8 @@ def linear_recurrence(
         back in a row once another has followed it. None: one document a row.
       return_state: also return the state of the row's last document after its last token.
       chunk: tokens of a chunk of 'xla'; changes speed, memory and rounding only.
-      implementation: 'pallas_tpu', 'xla', 'reference', or None for the best that can run.
+      implementation: 'pallas_tpu', 'pallas_gpu', 'xla', 'reference', or None for the best that can
+        run; 'pallas_gpu' runs by its name only for now.
 
     Returns:
       o [B, T, H, V] in the dtype of q, or (o, state [B, H, K, V]) with the state in float32.
@@ -60,11 +62,17 @@ def linear_recurrence(
     """
     problem.check(q, k, v, log_decay, bonus, initial_state, segment_ids, chunk)
     kind = problem.decay_kind(log_decay)
-    refused = tpu.refuse(q, v, kind, bonus is not None)
+    refused = {n: kernel.refuse(q, v, kind, bonus is not None) for n, kernel in _KERNELS.items()}
     chosen = choice.pick(
         'linear_recurrence',
         implementation,
-        {'pallas_tpu': refused, 'xla': None, 'reference': None},
+        # By name only until it has been measured: what stands before 'xla' is taken unasked.
+        {
+            'pallas_tpu': refused['pallas_tpu'],
+            'xla': None,
+            'pallas_gpu': refused['pallas_gpu'],
+            'reference': None,
+        },
         shape=(*q.shape, *v.shape[2:]),
         dtype=q.dtype.name,
         decay=kind,

@@ -114,3 +114,18 @@ def prepare(q, k, v, log_decay, bonus, scale, initial_state, segment_ids) -> Pro
         initial_state = jnp.zeros((q.shape[0], heads, q.shape[3], value_dim), wide)
     bonus = None if bonus is None else jnp.asarray(bonus, wide)
     return Problem(q, k, v, log_decay, bonus, documents, jnp.asarray(initial_state, wide))
+
+
+def first_tokens(documents_BT: jax.Array) -> jax.Array:
+    """Returns bool [B, T]: tokens that begin a document, from the documents' numbers."""
+    return jnp.diff(documents_BT, axis=1, prepend=0) != 0
+
+
+def with_documents(problem: Problem) -> jax.Array | None:
+    """Returns the log-decays, infinite where a document begins."""
+    log_decay = problem.log_decay
+    if problem.documents is None:
+        return log_decay
+    if log_decay is None:
+        log_decay = jnp.zeros(problem.v.shape[:3], problem.state.dtype)
+    return jnp.where(spread(first_tokens(problem.documents), log_decay), -jnp.inf, log_decay)

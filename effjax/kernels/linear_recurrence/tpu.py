@@ -21,8 +21,7 @@ from jax.sharding import AxisType
 
 from effjax.kernels import choice
 from effjax.kernels.decays import Sum, before, running
-from effjax.kernels.documents import spread
-from effjax.kernels.linear_recurrence.problem import Problem
+from effjax.kernels.linear_recurrence.problem import Problem, first_tokens, with_documents
 from effjax.kernels.linear_recurrence.tpu_plan import LANES, Plan, plan_for
 
 _RESET = -128.0  # exp of it is 0 in float32
@@ -66,7 +65,7 @@ def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
     if problem.vector:
         problem = problem.with_heads()
     q, k, v, state, bonus = problem.q, problem.k, problem.v, problem.state, problem.bonus
-    log_decay = _with_documents(problem)
+    log_decay = with_documents(problem)
     kind = 'none' if log_decay is None else 'vector' if problem.vector else 'scalar'
     plan = _plan(q, v, kind, bonus is not None)
     assert plan is not None
@@ -81,20 +80,6 @@ def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
         own = jnp.repeat(q.astype(o.dtype) * k.astype(o.dtype), repeat, axis=2) * bonus
         o = o + jnp.sum(own, axis=-1, keepdims=True) * v
     return o, last[:, :, :key_dim, :value_dim]
-
-
-def _with_documents(problem: Problem) -> jax.Array | None:
-    """The log-decays, infinite where a document begins."""
-    if problem.documents is None:
-        return problem.log_decay
-    log_decay = problem.log_decay
-    if log_decay is None:
-        log_decay = jnp.zeros(problem.v.shape[:3], problem.state.dtype)
-    return jnp.where(spread(_begins(problem.documents), log_decay), -jnp.inf, log_decay)
-
-
-def _begins(documents: jax.Array) -> jax.Array:
-    return jnp.diff(documents, axis=1, prepend=0) != 0
 
 
 def _side_by_side(plan: Plan, x: jax.Array) -> jax.Array:
@@ -116,7 +101,7 @@ def _sums(plan: Plan, log_decay: jax.Array, documents: jax.Array | None) -> Sum:
     if plan.strict:
         seen = before(total, axis=2)
         if documents is not None:  # the first token of a document sees nothing before it
-            first = split(_begins(documents))
+            first = split(first_tokens(documents))
             first = first.reshape(*first.shape, *[1] * (total.fine.ndim - 3))
             seen = Sum(jnp.where(first, seen.coarse + _RESET, seen.coarse), seen.fine)
         parts.append(seen)

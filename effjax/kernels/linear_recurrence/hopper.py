@@ -1,0 +1,199 @@
+"""Linear recurrences on Hopper GPUs: one Pallas kernel, walked once forwards and thrice for grads.
+
+Every gradient is a recurrence of the same kind, so that one kernel (`hopper_kernels`) does all:
+    o  = walk(q, k, v) forwards from the initial state S_0;
+    dv = walk(k, q, do) backwards from the gradient of the last state, ending in that of S_0;
+    dq = walk(do, v, k) forwards from S_0^T, and dk = walk(v, do, q) backwards from dS_T^T.
+Nothing is kept for the backward pass but the inputs, and each walk reads three arrays and writes
+one: as much traffic as one walk with saved states, without partial sums of dq and dk over the
+blocks of threads that share a head's queries.
+
+The gradient of log-decays. Let f_t be what of the loss flows through the decay at token t:
+    f_t = <S_(t-1) a_t, dS_t>,    f_t - f_(t+1) = q_t dq_t - k_t dk_t.
+Summed up from the end of a long row the differences would drift, since products round the state
+to bfloat16 in each direction by itself. So both directions keep their states at every
+`SAVE`-th border of chunks, <S, dS> gives f there, and sums run from the next border only.
+
+Running sums of log-decays are exact differences as on TPUs (`kernels.decays`), and a document
+begins with a decay to 0. Products are bfloat16 with float32 sums, as is what is read of a state.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from effjax.kernels.decays import running
+from effjax.kernels.devices import refuse_hopper
+from effjax.kernels.linear_recurrence.hopper_plan import CHUNK, SAVE, Plan, plan_for
+from effjax.kernels.linear_recurrence.problem import Problem, with_documents
+
+STAGED = False  # weights go through shared memory: pallas' interpreter has no other way
+_NOTHING = -104.0  # exp of less is 0 in float32
+
+
+def refuse(q: Any, v: Any, decay: str, bonus: bool) -> str | None:
+    """Returns why the kernel cannot run this call here, or None.
+
+    Args:
+      q: queries [B, T, G, K], or their shape and dtype.
+      v: values [B, T, H, V].
+      decay: 'none', 'head', 'scalar' or 'vector'.
+      bonus: whether there is one.
+    """
+    if (why := refuse_hopper()) is not None:
+        return why
+    if decay == 'vector':
+        return 'it has no decays of single key dimensions yet'
+    if bonus:
+        return 'it has no bonus yet'
+    if q.dtype.name != 'bfloat16':
+        return f'it takes bfloat16, not {q.dtype.name}'
+    if not (q.size and v.size):
+        return f'it takes no empty arrays, as {list(q.shape)} and {list(v.shape)}'
+    if _plan(q, v, decay) is None:
+        return f'K = {q.shape[3]} is more than 256'
+    return None
+
+
+def _plan(q: Any, v: Any, decay: str) -> Plan | None:
+    return plan_for(v.shape[2], q.shape[2], q.shape[3], v.shape[3], decay=decay, staged=STAGED)
+
+
+def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Returns (o [B, T, H, V], the state after the last document's last token)."""
+    del chunk  # 'xla's; the kernel has its own
+    q, k, v, state = problem.q, problem.k, problem.v, problem.state
+    log_decay = with_documents(problem)
+    plan = _plan(q, v, 'none' if log_decay is None else 'scalar')
+    assert plan is not None
+    length, (key_dim, value_dim) = q.shape[1], state.shape[2:]
+    more = -length % CHUNK
+    columns = (0, plan.key_dim - key_dim), (0, plan.value_dim - value_dim)
+
+    def fill(x: jax.Array, columns: tuple[int, int]) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, more), (0, 0), columns])
+
+    if log_decay is not None:
+        log_decay = jnp.pad(log_decay, [(0, 0), (0, more), (0, 0)])
+    o, last = _recurrence(
+        plan,
+        fill(q, columns[0]),
+        fill(k, columns[0]),
+        fill(v, columns[1]),
+        log_decay,
+        jnp.pad(state, [(0, 0), (0, 0), *columns]),
+    )
+    return o[:, :length, :, :value_dim], last[:, :, :key_dim, :value_dim]
+
+
+def _chunks(x: jax.Array) -> jax.Array:
+    """[B, N * C, H] -> [B, H, N, C]."""
+    x = x.reshape(x.shape[0], -1, CHUNK, x.shape[2])
+    return x.transpose(0, 3, 1, 2)
+
+
+def _sums(log_decay: jax.Array | None) -> jax.Array | None:
+    """What the kernel reads of decays, [B, H, N, 4, C]; its `SEEN` and `LEFT` are 2 and 3."""
+    if log_decay is None:
+        return None
+    total = running(_chunks(log_decay), axis=3)
+    left = total.map(lambda x: x[..., -1:]).over(total)
+    parts = (total.coarse, total.fine, jnp.exp(total.coarse + total.fine), jnp.exp(left))
+    return jnp.stack(parts, axis=3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recurrence(
+    plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: Any, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(o [B, N * C, H, V], last state [B, H, K, V]) of arrays in whole chunks."""
+    from effjax.kernels.linear_recurrence import hopper_kernels  # Pallas takes long to import
+
+    walk = plan.forward(save=False)
+    out = hopper_kernels.run(walk, q, k, v, _sums(log_decay), state)
+    return out.o, out.last
+
+
+def _recurrence_forward(plan, q, k, v, log_decay, state):
+    from effjax.kernels.linear_recurrence import hopper_kernels
+
+    walk = plan.forward(save=True)
+    out = hopper_kernels.run(walk, q, k, v, _sums(log_decay), state)
+    o = checkpoint_name(out.o, 'linear_recurrence_out')
+    states = out.states
+    if states is not None:
+        states = checkpoint_name(states, 'linear_recurrence_states')
+    return (o, out.last), (q, k, v, log_decay, state, states, out.last)
+
+
+def _recurrence_backward(plan, saved, gradients):
+    from effjax.kernels.linear_recurrence import hopper_kernels
+
+    q, k, v, log_decay, state, states, last = saved
+    do, dlast = gradients
+    sums = _sums(log_decay)
+    back = hopper_kernels.run(plan.values(), k, q, do, sums, dlast)
+
+    def parts(x):  # [B, T, H, V] -> [B, T, H * parts, V / parts]
+        return x.reshape(*x.shape[:2], -1, plan.value_dim // plan.parts)
+
+    def turned(x):  # [B, H, K, V] -> [B, H * parts, V / parts, K]
+        x = x.swapaxes(2, 3)
+        return x.reshape(x.shape[0], -1, plan.value_dim // plan.parts, x.shape[3])
+
+    do_, v_ = parts(do), parts(v)
+    alike = (q, k) if plan.decays else (None, None)
+    forwards, backwards = plan.queries(reverse=False), plan.queries(reverse=True)
+    of_q = hopper_kernels.run(forwards, do_, v_, k, sums, turned(state), alike[0])
+    of_k = hopper_kernels.run(backwards, v_, do_, q, sums, turned(dlast), alike[1])
+    dq, dk = (_over_heads(plan, x.o, q) for x in (of_q, of_k))
+    ddecay = None
+    if log_decay is not None:
+        flow = _of_heads(plan, of_q.rows) - _of_heads(plan, of_k.rows)
+        known = jnp.sum(last * dlast, axis=(2, 3))[..., None]
+        if states is not None:
+            inner = jnp.einsum(
+                'bhnkv,bhnkv->bhn', states, back.states, preferred_element_type=jnp.float32
+            )
+            known = jnp.concatenate([inner, known], axis=2)
+        ddecay = _flow_from_ends(flow, known)
+        if log_decay.shape[0] == 1:
+            ddecay = jnp.sum(ddecay, axis=0, keepdims=True)
+        ddecay = jnp.where(log_decay > _NOTHING, ddecay, 0.0)
+    return dq, dk, back.o, ddecay, back.last
+
+
+def _over_heads(plan: Plan, x: jax.Array, like: jax.Array) -> jax.Array:
+    """Sums [B, T, H * parts, K] over the heads and parts that share a query head."""
+    if x.shape == like.shape:
+        return x
+    x = x.reshape(*like.shape[:3], -1, like.shape[3])
+    return jnp.sum(x, axis=3).astype(like.dtype)
+
+
+def _of_heads(plan: Plan, rows: jax.Array) -> jax.Array:
+    """Sums [tiles, B, H * parts, N, C] over tiles and parts, to [B, H, N, C]."""
+    rows = jnp.sum(rows, axis=0)
+    rows = rows.reshape(rows.shape[0], plan.heads, -1, *rows.shape[2:])
+    return jnp.sum(rows, axis=2)
+
+
+def _flow_from_ends(difference: jax.Array, known: jax.Array) -> jax.Array:
+    """The flow through the decay at each token, [B, N * C, H].
+
+    Args:
+      difference: between a token's flow and the next one's, [B, H, N, C].
+      known: the flow behind each group of `SAVE` chunks, [B, H, groups].
+    """
+    batch, heads, chunks, size = difference.shape
+    groups = known.shape[2]
+    x = jnp.pad(difference, [(0, 0), (0, 0), (0, groups * SAVE - chunks), (0, 0)])
+    x = x.reshape(batch, heads, groups, -1)
+    x = jax.lax.cumsum(x, axis=3, reverse=True) + known[..., None]
+    return x.reshape(batch, heads, -1)[:, :, : chunks * size].swapaxes(1, 2)
+
+
+_recurrence.defvjp(_recurrence_forward, _recurrence_backward)

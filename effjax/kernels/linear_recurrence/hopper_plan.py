@@ -1,0 +1,159 @@
+"""How the Hopper kernel cuts up a call, and what its blocks of threads take.
+
+Plain Python, as `cost` is.
+"""
+
+import dataclasses
+
+CHUNK = 64  # tokens of a chunk: the rows of one warpgroup's product
+SHARED = 232448  # bytes of shared memory that a block of threads may have
+KEYS = 256  # widest state that one warpgroup's registers hold beside a tile
+SAVE = 2  # chunks between the states that are kept for the gradient of decays
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """One run of the kernel over the chunks of all rows.
+
+    Attributes:
+      key_dim: K, a multiple of 64 up to 256.
+      tile: columns of v that a block of threads has, 64 or 128.
+      reverse: from the last chunk to the first.
+      decays: something decays.
+      like: the outputs' products with another array are summed up.
+      save: chunks between the states that are returned, 0 for none.
+      dtype: of the outputs, 'bfloat16' or 'float32'.
+      readers: warpgroups that form outputs, 1 or 2.
+      stages: chunks whose inputs are in shared memory, a multiple of `readers`.
+      slots: chunks whose states are there, likewise.
+      staged: weights go through shared memory, not registers, into the second product.
+      size: tokens of a chunk.
+    """
+
+    key_dim: int
+    tile: int = 64
+    reverse: bool = False
+    decays: bool = False
+    like: bool = False
+    save: int = 0
+    dtype: str = 'bfloat16'
+    readers: int = 2
+    stages: int = 2
+    slots: int = 2
+    staged: bool = False
+    size: int = CHUNK
+
+    @property
+    def rows(self) -> int:
+        """Rows of the state that are updated at once."""
+        return 64 if self.key_dim % 128 or self.tile > 64 else 128
+
+    @property
+    def registers(self) -> tuple[int, int, int]:
+        """A thread's registers in a reader, with the state, and where inputs are brought in."""
+        return (160, 168, 24) if self.readers == 2 else (240, 240, 24)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block of threads, without barriers."""
+        matrices = self.size * (2 * self.key_dim + (2 if self.like else 1) * self.tile)
+        stage = 2 * matrices + (16 * self.size if self.decays else 0)
+        out = 4 if self.dtype == 'float32' else 2
+        reader = self.size * (self.tile * out + 4 * self.like + 2 * self.staged * self.size)
+        written = 2 * self.size * self.tile if self.decays else 0
+        states = 2 * self.slots * self.key_dim * self.tile
+        return self.stages * stage + self.readers * reader + written + states
+
+    def borders(self, chunks: int) -> int:
+        """States that are returned."""
+        return (chunks - 1) // self.save if self.save else 0
+
+    def flops(self, value_dim: int) -> int:
+        """FLOPs of one chunk of one head."""
+        tiles = value_dim // self.tile
+        pairs = tiles * self.key_dim + value_dim
+        return 2 * self.size * (self.size * pairs + 2 * self.key_dim * value_dim)
+
+
+def fitted(walk: Walk) -> Walk:
+    """Returns the same walk with as many readers and chunks ahead as shared memory has room for.
+
+    Two readers hide what one waits for; then further stages hide the way from global memory.
+    """
+    room = SHARED - 4096  # barriers, what the compiler takes for sums over lanes, alignment
+    forms = ((2, 4, 2), (2, 2, 2), (1, 3, 2), (1, 2, 2), (1, 2, 1), (1, 1, 1))
+    for readers, stages, slots in forms:
+        if readers == 2 and walk.key_dim * walk.tile > 128 * 64:
+            continue  # the state takes the registers of the second reader
+        found = dataclasses.replace(walk, readers=readers, stages=stages, slots=slots)
+        if found.shared_bytes <= room:
+            return found
+    raise ValueError(f'linear_recurrence: {walk} fits no shared memory.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a call is cut up.
+
+    Attributes:
+      key_dim, value_dim: K and V filled up to what the kernel takes.
+      heads: value heads H.
+      groups: query and key heads G.
+      decays: something decays.
+      staged, size: see `Walk`.
+    """
+
+    key_dim: int
+    value_dim: int
+    heads: int
+    groups: int
+    decays: bool
+    staged: bool = False
+    size: int = CHUNK
+
+    @property
+    def parts(self) -> int:
+        """Parts of V, each a state's rows in the gradients of queries and keys."""
+        return -(-self.value_dim // KEYS)
+
+    def forward(self, *, save: bool) -> Walk:
+        """The walk of the forward pass; `save`: a backward pass follows."""
+        kept = SAVE if save and self.decays else 0
+        return self._walk(self.key_dim, save=kept)
+
+    def values(self) -> Walk:
+        """The backward walk that gives the gradient of the values and of states."""
+        return self._walk(self.key_dim, reverse=True, save=SAVE if self.decays else 0)
+
+    def queries(self, *, reverse: bool) -> Walk:
+        """The walk that gives the gradient of queries, or `reverse` that of keys."""
+        whole = self.parts == 1 and self.heads == self.groups
+        dtype = 'bfloat16' if whole else 'float32'
+        width = self.value_dim // self.parts
+        return self._walk(width, reverse=reverse, like=self.decays, dtype=dtype)
+
+    def _walk(self, width: int, **facts) -> Walk:
+        return fitted(Walk(width, decays=self.decays, staged=self.staged, **facts))
+
+    @property
+    def forward_flops(self) -> int:
+        """FLOPs of one chunk of a row, all heads."""
+        return self.heads * self.forward(save=False).flops(self.value_dim)
+
+    @property
+    def backward_flops(self) -> int:
+        """The same of the backward pass."""
+        queries = self.parts * self.queries(reverse=False).flops(self.key_dim)
+        return self.heads * (self.values().flops(self.value_dim) + 2 * queries)
+
+
+def plan_for(
+    heads: int, groups: int, key_dim: int, value_dim: int, *, decay: str, staged: bool = False
+) -> Plan | None:
+    """Returns how to cut up a call, or None where a state is too large."""
+    key_dim = -(-key_dim // 64) * 64
+    if key_dim > KEYS:
+        return None
+    unit = 64 * -(-value_dim // KEYS)
+    value_dim = -(-value_dim // unit) * unit
+    return Plan(key_dim, value_dim, heads, groups, decay != 'none', staged)

@@ -1,0 +1,251 @@
+"""Linear recurrences on Hopper GPUs: in the GPU interpreter against float64, lowered for CUDA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from effjax.costs import walk
+from effjax.kernels import last_choice, linear_recurrence, target
+from effjax.kernels.linear_recurrence import cost, hopper, hopper_plan
+
+# (B, T, H, G, K, V), decay, documents
+CASES = {
+    'scalar': ((1, 150, 2, 1, 64, 64), 'scalar', True),
+    'scalar_long': ((1, 330, 1, 1, 64, 64), 'scalar', False),
+    'rows': ((2, 70, 2, 2, 64, 64), 'scalar', True),
+    'head': ((2, 70, 2, 2, 64, 64), 'head', False),
+    'none': ((1, 100, 1, 1, 64, 64), None, False),
+    'none_documents': ((1, 100, 2, 2, 64, 64), None, True),
+    'filled_up': ((1, 70, 1, 1, 40, 72), 'scalar', True),
+    'wide_keys': ((1, 70, 1, 1, 256, 64), 'scalar', False),
+    'wide_values': ((1, 70, 1, 1, 64, 512), 'scalar', True),
+}
+
+
+def inputs(name, seed=0, strength=0.1):
+    """(a dict of arrays, segment ids or None)."""
+    (batch, length, heads, groups, key_dim, value_dim), decay, documents = CASES[name]
+    rng = np.random.default_rng(seed)
+    decays = {'head': (heads,), 'scalar': (batch, length, heads)}
+    out = {
+        'q': rng.normal(size=(batch, length, groups, key_dim)) / key_dim**0.5,
+        'k': rng.normal(size=(batch, length, groups, key_dim)),
+        'v': rng.normal(size=(batch, length, heads, value_dim)),
+    }
+    out = {n: np.asarray(jnp.bfloat16(x)) for n, x in out.items()}
+    if decay:
+        out['log_decay'] = -rng.exponential(strength, size=decays[decay]).astype(np.float32)
+    state = rng.normal(size=(batch, heads, key_dim, value_dim))
+    out['initial_state'] = state.astype(np.float32)
+    if not documents:
+        return out, None
+    ids = np.sort(rng.integers(0, 4, size=(batch, length)), axis=1).astype(np.int32)
+    ids[:, 64:66] = 9  # a document begins with a chunk
+    ids[:, 66:] += 10 * (ids[:, 66:] > 0)
+    ids[:, 40:44] = 0
+    return out, ids
+
+
+def loss(arrays, segments, implementation):
+    """A number that needs every output and the last state, and both of them."""
+    o, last = linear_recurrence(
+        **arrays, segment_ids=segments, return_state=True, implementation=implementation
+    )
+    rng = np.random.default_rng(9)
+    weights = [rng.normal(size=x.shape).astype(np.float32) for x in (o, last)]
+    return jnp.sum(o.astype(last.dtype) * weights[0]) + jnp.sum(last * weights[1]), (o, last)
+
+
+def run(arrays, segments, implementation='pallas_gpu', races=False):
+    """((o, last), gradients)."""
+    both = jax.value_and_grad(functools.partial(loss, implementation=implementation), has_aux=True)
+    if implementation != 'pallas_gpu':
+        (_, out), grads = jax.jit(both)(arrays, segments)
+        return out, grads
+    params = plgpu.InterpretGPUParams(detect_races=races)
+    with target('gpu'), plgpu.force_gpu_interpret_mode(params):
+        (_, out), grads = jax.block_until_ready(jax.jit(both)(arrays, segments))
+    return out, grads
+
+
+def truth(arrays, segments):
+    """The same by the token loop in float64."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arrays)
+        return jax.tree.map(np.asarray, run(wide, segments, 'reference'))
+
+
+def errors(got, expected):
+    """Relative errors of outputs and gradients by name."""
+    (o, last), grads = got
+    (wide_o, wide_last), wide = expected
+
+    def error(a, b):
+        return float(np.linalg.norm(np.float64(a) - b) / (np.linalg.norm(b) + 1e-12))
+
+    return {
+        'o': error(o, wide_o),
+        'last': error(last, wide_last),
+        **{n: error(x, wide[n]) for n, x in grads.items()},
+    }
+
+
+@pytest.fixture(autouse=True)
+def through_shared_memory(monkeypatch):
+    """The interpreter has no products of registers."""
+    monkeypatch.setattr(hopper, 'STAGED', True)
+
+
+EVERY = [pytest.param(name, marks=[] if name == 'scalar' else [pytest.mark.ci]) for name in CASES]
+
+
+@pytest.mark.parametrize('name', EVERY)
+def test_values_and_gradients_in_the_interpreter(name):
+    arrays, ids = inputs(name)
+    got = run(arrays, ids, races=name in ('scalar', 'wide_keys'))
+    (o, last), grads = got
+    assert o.dtype == grads['q'].dtype == grads['k'].dtype == grads['v'].dtype == jnp.bfloat16
+    assert last.dtype == grads['initial_state'].dtype == jnp.float32
+    found = errors(got, truth(arrays, ids))
+    # 8 bits of each factor. The gradient of a decay is a sum of differences of such products, and
+    # that of a head's decay again a sum of those, of which a part cancels.
+    many = found.pop('log_decay', 0.0)
+    assert max(found.values()) < 5e-3, found
+    assert many < (0.1 if name == 'head' else 0.02)
+    if ids is not None:
+        assert not any(np.any(np.asarray(grads[n])[ids == 0]) for n in 'qkv')
+        assert not np.any(np.asarray(o)[ids == 0])
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize('strength', [0.0, -50.0, -np.inf])
+def test_extreme_decays_stay_finite_and_right(strength):
+    """Every third token decays by so much, the others a little: those must stay exact."""
+    arrays, _ = inputs('rows', seed=4)
+    arrays['log_decay'][:, ::3] = strength
+    got = run(arrays, None)
+    finite = {**arrays, 'log_decay': np.maximum(arrays['log_decay'], -1e4)}
+    found = errors(got, truth(finite, None))
+    assert max(found.values()) < 0.02, found  # as above
+
+
+@pytest.mark.ci
+def test_documents_do_not_meet_and_padding_is_never_read():
+    """Other documents change nothing, to the bit; nor does what padding holds."""
+    arrays, ids = inputs('scalar', seed=5)
+    one = ids == ids[0, -1]
+    other = dict(arrays)
+    for n in ('q', 'k', 'v', 'log_decay'):
+        rest = ~one.reshape(*ids.shape, *[1] * (arrays[n].ndim - 2))
+        other[n] = np.where(rest, -arrays[n] / 2 if n != 'log_decay' else -0.5, arrays[n])
+        padding = (ids == 0).reshape(rest.shape)
+        other[n] = np.where(padding, np.nan, other[n]).astype(arrays[n].dtype)
+    (o, last), grads = run(arrays, ids)
+    (o_other, last_other), grads_other = run(other, ids)
+    np.testing.assert_array_equal(np.asarray(last), np.asarray(last_other))
+    np.testing.assert_array_equal(np.asarray(o)[one], np.asarray(o_other)[one])
+    for n in 'qkv':
+        np.testing.assert_array_equal(np.asarray(grads[n])[one], np.asarray(grads_other[n])[one])
+    assert all(np.all(np.isfinite(np.float32(x))) for x in jax.tree.leaves((o_other, grads_other)))
+
+
+def shapes(batch, length, heads, groups, key_dim, value_dim, dtype='bfloat16'):
+    """Abstract arguments of a call with decays a token, documents and an initial state."""
+    array = jax.ShapeDtypeStruct
+    qk = array((batch, length, groups, key_dim), dtype)
+    arrays = {
+        'q': qk,
+        'k': qk,
+        'v': array((batch, length, heads, value_dim), dtype),
+        'log_decay': array((batch, length, heads), jnp.float32),
+        'initial_state': array((batch, heads, key_dim, value_dim), jnp.float32),
+    }
+    return arrays, array((batch, length), jnp.int32)
+
+
+@pytest.mark.parametrize('staged', [False, pytest.param(True, marks=pytest.mark.ci)])
+@pytest.mark.parametrize(
+    'dims',
+    [
+        (2, 300, 4, 2, 128, 128),
+        *(
+            pytest.param((1, 300, 2, 2, k, v), marks=pytest.mark.ci)
+            for k in (64, 128, 256)
+            for v in (64, 256, 512)
+        ),
+    ],
+)
+def test_lowers_for_cuda(dims, staged, monkeypatch):
+    """This decides on layouts and sees whether shared memory is enough."""
+    monkeypatch.setattr(hopper, 'STAGED', staged)
+    f = jax.value_and_grad(lambda *a: loss(*a, 'pallas_gpu'), has_aux=True)
+    with target('gpu'):
+        lowered = jax.jit(f).trace(*shapes(*dims)).lower(lowering_platforms=('cuda',))
+    assert lowered.as_text().count('custom_call @mosaic_gpu') == 4  # forward, dv, dq and dk
+
+
+@pytest.mark.parametrize('key_dim', range(64, 257, 64))
+@pytest.mark.parametrize('value_dim', [64, 128, 512])
+def test_plans_fit(key_dim, value_dim):
+    for decay in ('none', 'scalar'):
+        plan = hopper_plan.plan_for(4, 2, key_dim, value_dim, decay=decay)
+        walks = [plan.forward(save=True), plan.forward(save=False), plan.values()]
+        for found in (*walks, plan.queries(reverse=False), plan.queries(reverse=True)):
+            assert found.shared_bytes <= hopper_plan.SHARED
+            # A reader waits on the same barriers again and again, as their phases demand.
+            assert not found.stages % found.readers and not found.slots % found.readers
+            assert sum(found.registers) + (found.readers - 1) * found.registers[0] <= 512
+
+
+@pytest.mark.parametrize('dims', [(2, 300, 4, 2, 64, 64), (1, 40, 6, 1, 128, 200)])
+def test_costs_against_the_walk(dims):
+    arrays, _ = shapes(*dims)
+    batch, length, heads, groups, key_dim, value_dim = dims
+    f = functools.partial(linear_recurrence, implementation='pallas_gpu')
+    with target('gpu'):
+        walked = walk(lambda a: f(**a), arrays, strict=True)
+        both = walk(jax.grad(lambda a: jnp.sum(f(**a).astype(jnp.float32))), arrays, strict=True)
+    expected = cost.executed_flops(
+        'pallas_gpu', batch, length, heads, key_dim, value_dim, decay='scalar', groups=groups
+    )
+    assert walked.total == expected
+    plan = hopper_plan.plan_for(heads, groups, key_dim, value_dim, decay='scalar')
+    chunks = batch * -(-length // hopper_plan.CHUNK)
+    assert both.kind('kernel') == chunks * (plan.forward_flops + plan.backward_flops)
+
+
+def test_what_cannot_run_is_said():
+    def refusal(**kw):
+        arrays, _ = shapes(1, 64, 2, 2, 64, 64)
+        with target('gpu'):
+            jax.eval_shape(lambda a: linear_recurrence(**a), {**arrays, **kw})
+        chosen = last_choice('linear_recurrence')
+        assert chosen['implementation'] == 'xla'
+        return chosen['refused'].get('pallas_gpu')
+
+    def like(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    assert refusal() is None  # it could, but runs by its name only
+    wide = {n: like(1, 64, 2, 64, dtype=jnp.float32) for n in 'qkv'}
+    assert refusal(**wide) == 'it takes bfloat16, not float32'
+    vector = like(1, 64, 2, 64, dtype=jnp.float32)
+    assert refusal(log_decay=vector) == 'it has no decays of single key dimensions yet'
+    bonus = like(2, 64, dtype=jnp.float32)
+    assert refusal(bonus=bonus) == 'it has no bonus yet'
+    large = {n: like(1, 64, 2, 320) for n in 'qk'}
+    state = like(1, 2, 320, 64, dtype=jnp.float32)
+    assert refusal(**large, initial_state=state) == 'K = 320 is more than 256'
+    empty = like(0, 64, 2, 64)
+    with target('gpu'):
+        assert 'no empty arrays' in hopper.refuse(empty, empty, 'none', False)
+    mesh = jax.sharding.AbstractMesh((2,), ('data',))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert 'along the mesh axes data: call it in a shard_map' in refusal()
+    x = np.zeros((1, 4, 1, 4), np.float32)
+    with pytest.raises(ValueError, match='cannot run as .pallas_gpu.: it needs a Hopper GPU, not'):
+        linear_recurrence(x, x, x, implementation='pallas_gpu')
