@@ -3,7 +3,10 @@
 Plain Python: `effjax.costs` imports it without jax.
 """
 
-from effjax.kernels.attention import blocks
+import math
+from typing import Any
+
+from effjax.kernels.attention import blocks, hopper_plan
 from effjax.kernels.attention.mask import MaskSpec
 from effjax.kernels.attention.mask import scored as planned_pairs
 
@@ -107,9 +110,12 @@ def executed_pairs(
 
     'cudnn' and 'splash' skip what the mask excludes but for the diagonal's blocks: they are
     booked at the allowed pairs, or where the mask is sparse at those of the blocks that 'splash'
-    visits. `packed` is of rows of several documents.
+    visits; 'pallas_gpu' always at those of the blocks it visits. `packed` is of rows of several
+    documents.
     """
     kv_len = q_len if kv_len is None else kv_len
+    if implementation == 'pallas_gpu':
+        return hopper_plan.executed(q_len, kv_len, kind=mask, window=window, spec=spec)
     if implementation == 'splash' and spec is not None:
         return blocks.executed(spec, q_len)
     if implementation in ('cudnn', 'splash'):
@@ -151,3 +157,16 @@ def executed_flops(
         implementation, q_len, kv_len, mask=mask, window=window, spec=spec, packed=packed
     )
     return attention_flops(batch, heads, head_dim, scored)
+
+
+def kernel_flops(call: Any) -> float | None:
+    """FLOPs of one call of a kernel for Hopper GPUs, a `costs.products.KernelCall`.
+
+    The products of a pair are two in the forward pass, and in the backward pass three in the kernel
+    of queries and four in that of keys.
+    """
+    if call.pairs is None:
+        return None
+    batch, _, heads, head_dim = call.inputs[0].shape
+    products = {'forward': 2, 'queries': 3, 'keys': 4}[call.name.rsplit('_', 1)[-1]]
+    return 2.0 * math.prod((batch, heads, head_dim)) * products * call.pairs

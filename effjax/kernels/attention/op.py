@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from effjax.kernels import choice
-from effjax.kernels.attention import cudnn, reference, splash, xla
+from effjax.kernels.attention import cudnn, hopper, reference, splash, xla
 from effjax.kernels.attention.mask import MaskSpec
 from effjax.kernels.attention.problem import Extras, Problem, check_ids, check_shapes
 
-_IMPLEMENTATIONS = {'cudnn': cudnn, 'splash': splash, 'xla': xla, 'reference': reference}
+_IMPLEMENTATIONS = {
+    'cudnn': cudnn, 'pallas_gpu': hopper, 'splash': splash, 'xla': xla, 'reference': reference,
+}  # fmt: skip
 
 
 def attention(
@@ -54,7 +56,8 @@ def attention(
       soft_cap: scores become cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118).
       dropout: rate at which attention weights are dropped; needs `rng`.
       rng: PRNG key for dropout.
-      implementation: 'cudnn', 'splash', 'xla', 'reference', or None for the best that can run.
+      implementation: 'cudnn', 'pallas_gpu', 'splash', 'xla', 'reference', or None for the best
+        that can run.
 
     Returns:
       [B, T, H, D] in the dtype of q.
