@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from effjax.kernels.diagonal_scan.plan import LANES, Plan, stages_for
 from effjax.kernels.diagonal_scan.planes import Planes, conjugate, flops, plus, times
+from effjax.kernels.hopper_ring import Part, ring
 
 _AT_ONCE = 8  # rows read before the first is written
 
@@ -117,62 +118,24 @@ class _Walk:
         """Runs a body over the blocks of a row, from and to memory.
 
         Args:
-          body: takes the step, blocks of inputs, rows of what is ahead, blocks to write, a carry.
+          body: takes the step, blocks of inputs and what is ahead, blocks to write, a carry.
           inputs: references [B, T, D], of which blocks are read.
           ahead: those of which the token beyond a block is read.
           out: those of which blocks are written.
           carry: what the first step takes.
         """
         size, width = self.plan.size, self.plan.width
-        row = width * (sum(r.dtype.itemsize for r in inputs) * size)
-        stages = stages_for(row, width * size * sum(r.dtype.itemsize for r in out))
-        stages = min(stages, self.steps)
 
-        def shared(refs: Sequence[Any], slots: int, rows: int) -> list[Any]:
-            return [plgpu.SMEM((slots, rows, width), r.dtype) for r in refs]
+        def part(ref: Any, tokens: Any, rows: int) -> Part:
+            return Part(lambda n: self.part(ref, tokens(n)), (rows, width), ref.dtype)
 
-        return pl.run_scoped(
-            functools.partial(self._ring, body, (inputs, ahead, out), carry),
-            shared(inputs, stages, size) + shared(ahead, stages, 1),
-            shared(out, 2, size),
-            plgpu.Barrier(num_arrivals=len(inputs) + len(ahead), num_barriers=stages),
+        reads = [part(r, self.block, size) for r in inputs]
+        writes = [part(r, self.block, size) for r in out]
+        fetched, written = (
+            size * width * sum(p.dtype.itemsize for p in parts) for parts in (reads, writes)
         )
-
-    def _ring(
-        self, body: Any, memory: Any, carry: Planes, read: Any, written: Any, arrived: Any
-    ) -> Planes:
-        inputs, ahead, out = memory
-        stages = read[0].shape[0]
-
-        def fetch(n: Any, slot: Any) -> None:
-            sources = [self.part(r, self.block(n)) for r in inputs]
-            sources += [self.part(r, self.ahead(n)) for r in ahead]
-            for source, target in zip(sources, read, strict=True):
-                plgpu.copy_gmem_to_smem(source, target.at[slot], arrived.at[slot])
-
-        for n in range(stages):
-            fetch(n, n)
-
-        def step(n: Any, carry: Planes) -> Planes:
-            slot, half = jax.lax.rem(n, stages), jax.lax.rem(n, 2)
-            plgpu.barrier_wait(arrived.at[slot])
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last but one has left
-            tiles, results = [r.at[slot] for r in read], [r.at[half] for r in written]
-            carry = body(n, tiles[: len(inputs)], tiles[len(inputs) :], results, carry)
-            plgpu.commit_smem()
-            for i, (source, target) in enumerate(zip(results, out, strict=True)):
-                to = self.part(target, self.block(n))
-                plgpu.copy_smem_to_gmem(source, to, commit_group=i == len(out) - 1)
-
-            @pl.when(n + stages < self.steps)
-            def _():
-                fetch(n + stages, slot)
-
-            return carry
-
-        carry = jax.lax.fori_loop(0, self.steps, step, carry)
-        plgpu.wait_smem_to_gmem(0)
-        return carry
+        reads += [part(r, self.ahead, 1) for r in ahead]
+        return ring(self.steps, stages_for(fetched, written), reads, writes, body, carry)
 
 
 def _store(refs: Sequence[Any], row: Any, values: Planes) -> None:
@@ -191,9 +154,7 @@ def _forward_body(plan: Plan, reverse: bool, n: int, *refs: Any) -> None:
     decay, x, state, h, last = (refs[i : i + n] for i in range(0, 5 * n, n))
     walk = _Walk(plan, x[0].shape[1], reverse)
 
-    def block(_: Any, tiles: Any, ahead: Any, results: Any, carry: Planes) -> Planes:
-        del ahead
-
+    def block(_: Any, tiles: Any, results: Any, carry: Planes) -> Planes:
         def rows(at: list[Any], carry: Planes) -> Planes:
             read = [(walk.load(tiles[:n], r), walk.load(tiles[n:], r)) for r in at]
             states = []
@@ -217,8 +178,8 @@ def _backward_body(plan: Plan, reverse: bool, n: int, *refs: Any) -> None:
     first = walk.load_state(state)
     edge = 0 if reverse else plan.size - 1
 
-    def block(step: Any, tiles: Any, ahead: Any, results: Any, carry: Planes) -> Planes:
-        a_tile, dh_tile, h_tile = tiles[:n], tiles[n : 2 * n], tiles[2 * n :]
+    def block(step: Any, tiles: Any, results: Any, carry: Planes) -> Planes:
+        a_tile, dh_tile, h_tile, ahead = (tiles[i : i + n] for i in range(0, 4 * n, n))
         beyond = _choose(step == walk.steps - 1, first, walk.load(ahead, 0))
 
         def rows(at: list[Any], carry: Planes) -> Planes:

@@ -3,7 +3,10 @@
 Plain Python: `effjax.costs` imports it without jax.
 """
 
+from typing import Any
+
 from effjax.kernels.diagonal_scan import cost as diagonal
+from effjax.kernels.selective_scan.plan import PLANS
 
 CHUNK = 64  # tokens whose states exist at a time, unless the caller says otherwise
 
@@ -37,13 +40,27 @@ def executed_flops(
 ) -> float:
     """FLOPs of the forward pass that count as hardware FLOPs.
 
-    The recurrence and its read-out; of 'xla' also what a chunk computes for them, the decays
-    (a product and an exponential) and the writes, since a chunk is one body with its state.
+    The recurrence and its read-out, of the Pallas kernels with all that fills up whole blocks; of
+    'xla' also what a chunk computes for them, the decays (a product and an exponential) and the
+    writes, since a chunk is one body with its state.
     """
     elements = batch * channels * states
     if implementation == 'reference':
         return 4.0 * elements * length
+    if implementation in PLANS:
+        plan = PLANS[implementation](length, channels, states)
+        blocks = -(-length // plan.size) * -(-channels // plan.width)
+        return 4.0 * batch * blocks * plan.size * plan.width * plan.states
     size, inner = sizes(length, chunk)
     scanned = diagonal.executed_flops('xla', 1, size, 1, chunk=inner)
     per_chunk = elements * (scanned + 5.0 * size) + batch * channels * size
     return -(-length // size) * per_chunk
+
+
+def kernel_flops(call: Any) -> float:
+    """FLOPs of one call of a Pallas kernel, a `costs.products.KernelCall`."""
+    u, _, A = call.inputs[:3]
+    elements = A.shape[-2]
+    for n in u.shape:
+        elements *= n
+    return 4.0 * elements * (2 if call.name.endswith('backward') else 1)

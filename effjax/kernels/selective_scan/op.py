@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from effjax.kernels import choice
 from effjax.kernels.documents import begins, check_segments
-from effjax.kernels.selective_scan import cost, reference, xla
+from effjax.kernels.selective_scan import cost, hopper, reference, tpu, xla
 
-_IMPLEMENTATIONS = {'xla': xla, 'reference': reference}
+_KERNELS = {'pallas_tpu': tpu, 'pallas_gpu': hopper}
+_PLAIN = {'xla': xla, 'reference': reference}
 
 
 def selective_scan(
@@ -31,10 +32,10 @@ def selective_scan(
         h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,    y_t = sum_n C_t h_t + D u_t.
 
     A is discretised by zero-order hold and B by Euler's rule, as Mamba does. All arithmetic is
-    float32 (float64 for float64 u). States of all tokens never exist together: 'xla' keeps one a
-    chunk, and computes the others again in the backward pass. With documents, each begins with a
-    state of 0, the row's first one with the initial state; padding neither reads, decays nor
-    writes, and gives 0.
+    float32 (float64 for float64 u). States of all tokens never exist together: one a chunk is kept,
+    the others are computed again in the backward pass, of which Pallas kernels have one. With
+    documents, each begins with a state of 0, the row's first one with the initial state; padding
+    neither reads, decays nor writes, and gives 0.
 
     Args:
       u: inputs [B, T, D].
@@ -47,19 +48,20 @@ def selective_scan(
       segment_ids: int32 [B, T], the document of each token, 0 is padding. None: one document.
       return_state: also return the state of the row's last document after its last token.
       chunk: tokens whose states exist at a time in 'xla'; changes speed and rounding only.
-      implementation: 'xla', 'reference', or None for the best that can run.
+      implementation: 'pallas_tpu', 'pallas_gpu' (Hopper), 'xla', 'reference', or None for the
+        best that can run.
 
     Returns:
       y [B, T, D] in the dtype of u, or (y, state [B, D, N]) with the state in float32.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: shapes that do not fit, an implementation that is unknown or cannot run here.
     """
     _check(u, dt, A, B, C, D, initial_state, segment_ids, chunk)
     chosen = choice.pick(
         'selective_scan',
         implementation,
-        dict.fromkeys(_IMPLEMENTATIONS),
+        {n: k.refuse(u, dt, A.shape[1]) for n, k in _KERNELS.items()} | dict.fromkeys(_PLAIN),
         shape=(*u.shape, A.shape[1]),
         dtype=u.dtype.name,
     )
@@ -72,10 +74,13 @@ def selective_scan(
             u, dt, B, C = (jnp.where(real, x, 0) for x in (u, dt, B, C))
         if initial_state is None:
             initial_state = jnp.zeros((u.shape[0], *A.shape), wide)
-        run = _IMPLEMENTATIONS[chosen].run
-        y, state = run(u, dt, A.astype(wide), B, C, initial_state.astype(wide), fresh, chunk)
-        if D is not None:
-            y = y + D.astype(wide) * u.astype(wide)
+        A, initial_state = A.astype(wide), initial_state.astype(wide)
+        if chosen in _KERNELS:
+            y, state = _KERNELS[chosen].run(u, dt, A, B, C, D, initial_state, fresh)
+        else:
+            y, state = _PLAIN[chosen].run(u, dt, A, B, C, initial_state, fresh, chunk)
+            if D is not None:
+                y = y + D.astype(wide) * u.astype(wide)
         y = y.astype(u.dtype)
     return (y, state) if return_state else y
 
