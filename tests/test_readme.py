@@ -52,6 +52,25 @@ def test_the_first_config_is_valid(tmp_path):
     assert config.model.mixer.kv_heads == 2
 
 
+def test_the_kernel_example_runs(capsys):
+    source = next(b for b in re.findall(r'```python\n(.*?)```', README, re.S) if 'kernels' in b)
+    names: dict = {}
+    exec(source, names)
+    assert names['gradient'].shape == (2, 100, 32)
+    assert capsys.readouterr().out.startswith("xla {'pallas_")
+    assert len(source.splitlines()) < 16
+
+
+def test_the_kernels_page_names_what_there_is():
+    """Every public operation, with its implementations in the order in which they are tried."""
+    page = (ROOT / 'docs/kernels.md').read_text()
+    rows = dict(re.findall(r'^\| `(\w+)` \| (.*?) \|', page, re.MULTILINE))
+    for folder in sorted((ROOT / 'effjax/kernels').glob('*/op.py')):
+        op = folder.parent.name
+        said = re.search(r"^ +implementation: ('.*?)None", folder.read_text(), re.M | re.S)
+        assert said and re.findall(r'`(\w+)`', rows[op]) == re.findall(r"'(\w+)'", said[1]), op
+
+
 @pytest.mark.process
 def test_quickstart_in_short(tmp_path):
     """What `make quickstart` runs, for a few seconds: its yardstick, its sample and its report."""
