@@ -128,8 +128,7 @@ def _forward(call, q, k, v, q_ids, kv_ids):
 
 def _backward(call, kept, do):
     q, k, v, q_ids, kv_ids, o, lse = kept
-    wide = jnp.float32
-    delta = jnp.einsum('bthd,bthd->bht', do.astype(wide), o.astype(wide))
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     inputs = hopper_backward.Inputs(
         q, do, k, v, lse, delta, q_ids=q_ids, kv_ids=kv_ids, **_lists(call, by_keys=False)
     )

@@ -24,6 +24,7 @@ from effjax.kernels.attention.hopper_blocks import (
     DOWN,
     GROUPS,
     MASKED,
+    REGISTERS,
     ROWS,
     Facts,
     added,
@@ -190,12 +191,12 @@ def _body(facts: Facts, by_keys: bool, there: list[bool], outputs: int, *refs: A
 
     @pl.when(role < GROUPS)
     def _():
-        plgpu.set_max_registers(232, action='increase')
+        plgpu.set_max_registers(REGISTERS[0], action='increase')
         _attend(block, role)
 
     @pl.when(role == GROUPS)
     def _():
-        plgpu.set_max_registers(40, action='decrease')
+        plgpu.set_max_registers(REGISTERS[1], action='decrease')
         _bring(block)
 
 
@@ -274,7 +275,7 @@ def _attend(block: _Block, group: jax.Array) -> None:
     plgpu.commit_smem()
     for source, target in zip(targets, block.out, strict=True):
         plgpu.copy_smem_to_gmem(source, target.at[block.row, tokens, block.head])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _step(

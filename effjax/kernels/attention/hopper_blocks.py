@@ -19,6 +19,7 @@ from effjax.kernels.attention.hopper_plan import Mask
 
 ROWS = 64  # of a warpgroup: those of its product instruction
 GROUPS = 2  # warpgroups that compute; one more brings in what they need
+REGISTERS = 232, 40  # of a thread that computes, and of one that brings in
 DOWN, ACROSS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 MASKED = -2e38  # a score that is not allowed, far below LOWEST: its weight is exactly 0
 _TRANSFORMS: Any = plgpu.TilingTransform, plgpu.SwizzleTransform  # abstract, as pallas says it

@@ -22,6 +22,7 @@ from effjax.kernels.attention.hopper_blocks import (
     GROUPS,
     LOWEST,
     MASKED,
+    REGISTERS,
     ROWS,
     Facts,
     added,
@@ -173,12 +174,12 @@ def _body(facts: Facts, there: list[bool], *refs: Any) -> None:
 
     @pl.when(role < GROUPS)
     def _():
-        plgpu.set_max_registers(232, action='increase')
+        plgpu.set_max_registers(REGISTERS[0], action='increase')
         _attend(block, role)
 
     @pl.when(role == GROUPS)
     def _():
-        plgpu.set_max_registers(40, action='decrease')
+        plgpu.set_max_registers(REGISTERS[1], action='decrease')
         _bring(block)
 
 
@@ -241,12 +242,20 @@ def _attend(block: _Block, group: jax.Array) -> None:
     tokens = block.queries(group)
     plgpu.copy_smem_to_gmem(shared.q.at[group], block.o.at[block.row, tokens, block.head])
     plgpu.copy_smem_to_gmem(shared.lse.at[group], block.lse.at[block.row, block.head, tokens])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _call(shared: _Shared) -> None:
+    plgpu.barrier_arrive(shared.turn)
+
+
+def _await(shared: _Shared) -> None:
+    plgpu.barrier_wait(shared.turn)
 
 
 def _meet(shared: _Shared) -> None:
-    plgpu.barrier_arrive(shared.turn)
-    plgpu.barrier_wait(shared.turn)
+    _call(shared)
+    _await(shared)
 
 
 def _step(block: _Block, group: jax.Array, partly: bool, step: jax.Array, carry: Any) -> Any:
@@ -279,9 +288,9 @@ def _step(block: _Block, group: jax.Array, partly: bool, step: jax.Array, carry:
         shared.weights.at[group][...] = left
         plgpu.commit_smem()
         left = shared.weights.at[group]
-    plgpu.barrier_arrive(shared.turn)
+    _call(shared)
     plgpu.barrier_wait(shared.v_here.at[stage])
-    plgpu.barrier_wait(shared.turn)
+    _await(shared)
     (sums,) = added(facts, [sums], (left, shared.v.at[stage]))
     plgpu.barrier_arrive(shared.v_free.at[stage])
     return sums, new, total

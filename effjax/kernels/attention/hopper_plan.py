@@ -12,6 +12,8 @@ import numpy as np
 from effjax.kernels.attention.blocks import TILE, filled
 from effjax.kernels.attention.mask import MaskSpec
 
+_NONE, _WHOLE = -2, -1  # in place of a pattern's number: nothing is allowed, or everything
+
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -64,18 +66,22 @@ def mask_of(kind: str, window: int | None, spec: MaskSpec | None, queries: int, 
 @functools.lru_cache(maxsize=32)
 def lists(mask: Mask, by_keys: bool = False) -> Lists:
     """Returns the lists of the blocks of queries, or of those of keys."""
-    seen, whole = _by_limits(mask) if mask.spec is None else _by_formula(mask)
-    number, patterns = _patterns(mask, seen & ~whole)
+    if mask.spec is None:
+        seen, whole = _by_limits(mask)
+        number, patterns = np.zeros(seen.shape, int), np.zeros((0, TILE, TILE), np.int8)
+    else:
+        number, patterns = _by_formula(mask)
+        seen, whole = number != _NONE, number == _WHOLE
     if by_keys:
         seen, whole, number = seen.T, whole.T, number.T
         patterns = np.ascontiguousarray(np.swapaxes(patterns, 1, 2))
-    all_of, whole_of = seen.sum(1), (seen & whole).sum(1)
+    all_of, whole_of = seen.sum(1), whole.sum(1)
     begin = np.cumsum(all_of) - all_of
     heads = np.stack([np.arange(len(seen)), begin, whole_of, all_of], axis=1)
     block, other = np.nonzero(seen)
     order = np.lexsort((other, ~whole[block, other], block))
     block, other = block[order], other[order]
-    items = np.stack([other, number[block, other]], axis=1)
+    items = np.stack([other, np.maximum(number[block, other], 0)], axis=1)
     if not len(items):
         items = np.zeros((1, 2))  # kernels take no empty arrays
     longest_first = np.argsort(-all_of, kind='stable')
@@ -84,8 +90,9 @@ def lists(mask: Mask, by_keys: bool = False) -> Lists:
 
 def visited(mask: Mask) -> int:
     """Returns how many blocks are visited."""
-    seen, _ = _by_limits(mask) if mask.spec is None else (_filled(mask), None)
-    return int(seen.sum())
+    if mask.spec is not None:
+        return int(filled(mask.spec, mask.queries).sum())
+    return int(_by_limits(mask)[0].sum())
 
 
 def executed(
@@ -109,40 +116,20 @@ def _by_limits(mask: Mask) -> tuple[np.ndarray, np.ndarray]:
     return seen, whole & seen
 
 
-def _filled(mask: Mask) -> np.ndarray:
-    assert mask.spec is not None
-    return filled(mask.spec, mask.queries)
-
-
 @functools.lru_cache(maxsize=32)
-def _found(mask: Mask) -> dict[tuple[int, int], np.ndarray]:
-    """The pattern of each block that holds an allowed pair."""
-    assert mask.spec is not None
-    length, out = mask.queries, {}
-    for n, m in zip(*np.nonzero(_filled(mask)), strict=True):
-        i, j = np.arange(n * TILE, (n + 1) * TILE), np.arange(m * TILE, (m + 1) * TILE)
-        inside = (i < length)[:, None] & (j < length)[None]
-        allowed = mask.spec.allowed(i[:, None], j[None, :], np.full((1, 1), length))
-        out[int(n), int(m)] = (allowed & inside).astype(np.int8)
-    return out
-
-
 def _by_formula(mask: Mask) -> tuple[np.ndarray, np.ndarray]:
-    seen = _filled(mask)
-    whole = np.zeros_like(seen)
-    for at, pattern in _found(mask).items():
-        whole[at] = pattern.all()
-    return seen, whole
-
-
-def _patterns(mask: Mask, partly: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The number of each block's pattern [N, M], and the different ones."""
-    number = np.zeros(partly.shape, np.int64)
-    if mask.spec is None:
-        return number, np.zeros((0, TILE, TILE), np.int8)
+    """The number of each block's pattern [N, N], or why it has none, and the different patterns."""
+    assert mask.spec is not None
+    length, seen = mask.queries, filled(mask.spec, mask.queries)
+    number = np.full(seen.shape, _NONE)
     different: dict[bytes, int] = {}
-    for at, pattern in _found(mask).items():
-        if partly[at]:
-            number[at] = different.setdefault(pattern.tobytes(), len(different))
-    flat = np.frombuffer(b''.join(different), np.int8)
-    return number, flat.reshape(-1, TILE, TILE)
+    for n, m in zip(*np.nonzero(seen), strict=True):
+        i, j = n * TILE + np.arange(TILE)[:, None], m * TILE + np.arange(TILE)[None]
+        allowed = mask.spec.allowed(i, j, np.full((1, 1), length)) & (i < length) & (j < length)
+        if allowed.all():
+            number[n, m] = _WHOLE
+        else:
+            found = np.ascontiguousarray(allowed, np.int8).tobytes()
+            number[n, m] = different.setdefault(found, len(different))
+    patterns = np.frombuffer(b''.join(different), np.int8)
+    return number, patterns.reshape(-1, TILE, TILE)
