@@ -34,11 +34,16 @@ class Sum(NamedTuple):
         return jnp.exp(self.coarse + self.fine)
 
 
-def running(log_decay: jax.Array, axis: int) -> Sum:
-    """Returns the running sums along an axis of at most 128 tokens, each with its own decay."""
+def graded(log_decay: jax.Array) -> Sum:
+    """Returns each token's log-decay in the two parts, whose sums of up to 128 are exact."""
     bounded = jnp.maximum(log_decay, _FLOOR)
     coarse = jax.lax.stop_gradient(jnp.round(bounded * _GRID) / _GRID)
-    return Sum(jnp.cumsum(coarse, axis=axis), jnp.cumsum(bounded - coarse, axis=axis))
+    return Sum(coarse, bounded - coarse)
+
+
+def running(log_decay: jax.Array, axis: int) -> Sum:
+    """Returns the running sums along an axis of at most 128 tokens, each with its own decay."""
+    return graded(log_decay).map(lambda x: jnp.cumsum(x, axis=axis))
 
 
 def before(total: Sum, axis: int) -> Sum:

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from effjax.costs import walk
 from effjax.kernels import last_choice, linear_recurrence, target
-from effjax.kernels.linear_recurrence import cost, hopper, hopper_plan
+from effjax.kernels.linear_recurrence import cost, hopper, hopper_kernels, hopper_plan
 
 # (B, T, H, G, K, V), decay, documents
 CASES = {
@@ -213,13 +213,60 @@ def test_lowers_for_cuda(dims, staged, monkeypatch):
     assert lowered.as_text().count('custom_call @mosaic_gpu') == 4  # forward, dv, dq and dk
 
 
+@pytest.mark.ci
+@pytest.mark.parametrize('name', ['head', 'rows'])
+def test_decays_that_nothing_trains_cost_nothing(name, monkeypatch):
+    """The other gradients are the same, and no walk keeps states or sums up products."""
+    arrays, ids = inputs(name)
+    fixed = {n: arrays.pop(n) for n in ('log_decay', 'initial_state')}
+
+    def f(arrays, decay):
+        given = {**arrays, 'log_decay': decay, 'initial_state': fixed['initial_state']}
+        return jnp.sum(jnp.sin(linear_recurrence(**given, segment_ids=ids).astype(jnp.float32)))
+
+    alone = jax.grad(lambda a: f(a, fixed['log_decay']))
+    with target('gpu'), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = jax.block_until_ready(jax.jit(alone)(arrays))
+        expected = jax.block_until_ready(jax.jit(jax.grad(f, (0, 1)))(arrays, fixed['log_decay']))
+    jax.tree.map(np.testing.assert_array_equal, got, expected[0])
+    walks, real = [], hopper_kernels.run
+    monkeypatch.setattr(
+        hopper_kernels, 'run', lambda walk, *rest: (walks.append(walk), real(walk, *rest))[1]
+    )
+    with target('gpu'):
+        jax.eval_shape(alone, arrays)
+        assert len(walks) == 4 and not any(walk.save or walk.like for walk in walks)
+        jax.eval_shape(jax.grad(f, 1), arrays, fixed['log_decay'])
+    assert [bool(walk.save) for walk in walks[4:]] == [True, True, False, False]
+    assert [walk.like for walk in walks[4:]] == [False, False, True, True]
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_lowers_under_vmap_and_remat(remat):
+    """As studies run it, a lane a seed."""
+    arrays, _ = shapes(2, 128, 2, 2, 64, 64)
+
+    def f(arrays):
+        run = lambda a: jnp.sum(linear_recurrence(**a).astype(jnp.float32))  # noqa: E731
+        return (jax.checkpoint(run) if remat else run)(arrays)
+
+    lanes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), arrays)
+    with target('gpu'):
+        traced = jax.jit(jax.vmap(jax.grad(f))).trace(lanes)
+        text = traced.lower(lowering_platforms=('cuda',)).as_text()
+    assert last_choice('linear_recurrence')['implementation'] == 'pallas_gpu'
+    assert text.count('@mosaic_gpu_v2(') >= 4
+
+
 @pytest.mark.parametrize('key_dim', range(64, 257, 64))
 @pytest.mark.parametrize('value_dim', [64, 128, 512])
 def test_plans_fit(key_dim, value_dim):
     for decay in ('none', 'scalar'):
         plan = hopper_plan.plan_for(4, 2, key_dim, value_dim, decay=decay)
-        walks = [plan.forward(save=True), plan.forward(save=False), plan.values()]
-        for found in (*walks, plan.queries(reverse=False), plan.queries(reverse=True)):
+        walks = [f(save=save) for f in (plan.forward, plan.values) for save in (False, True)]
+        for reverse in (False, True):
+            walks += [plan.queries(reverse=reverse, like=like) for like in (False, True)]
+        for found in walks:
             assert found.shared_bytes <= hopper_plan.SHARED
             # A reader waits on the same barriers again and again, as their phases demand.
             assert not found.stages % found.readers and not found.slots % found.readers
@@ -249,13 +296,14 @@ def test_what_cannot_run_is_said():
         with target('gpu'):
             jax.eval_shape(lambda a: linear_recurrence(**a), {**arrays, **kw})
         chosen = last_choice('linear_recurrence')
-        assert chosen['implementation'] == 'xla'
-        return chosen['refused'].get('pallas_gpu')
+        why = chosen['refused'].get('pallas_gpu')
+        assert chosen['implementation'] == ('xla' if why else 'pallas_gpu')
+        return why
 
     def like(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    assert refusal() is None  # it could, but runs by its name only
+    assert refusal() is None
     wide = {n: like(1, 64, 2, 64, dtype=jnp.float32) for n in 'qkv'}
     assert refusal(**wide) == 'it takes bfloat16, not float32'
     vector = like(1, 64, 2, 64, dtype=jnp.float32)

@@ -85,6 +85,8 @@ def executed_flops(
             )
         chunks = batch * -(-length // plan.size)
         sums = {'none': 0.0, 'vector': 2.0 * key_dim}.get(decay, 2.0)  # by XLA, before the kernel
+        if implementation == 'pallas_gpu':
+            sums *= 2 * plan.size  # as a product with a triangle
         return chunks * (plan.forward_flops + sums * plan.size * heads)
     state = key_dim * value_dim
     if implementation == 'reference':

@@ -14,6 +14,8 @@ Summed up from the end of a long row the differences would drift, since products
 to bfloat16 in each direction by itself. So both directions keep their states at every
 `SAVE`-th border of chunks, <S, dS> gives f there, and sums run from the next border only.
 
+Decays that nothing trains, such as RetNet's, cost none of that.
+
 Running sums of log-decays are exact differences as on TPUs (`kernels.decays`), and a document
 begins with a decay to 0. Products are bfloat16 with float32 sums, as is what is read of a state.
 """
@@ -25,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from effjax.kernels.decays import running
+from effjax.kernels.decays import Sum, graded
 from effjax.kernels.devices import refuse_hopper
 from effjax.kernels.linear_recurrence.hopper_plan import CHUNK, SAVE, Plan, plan_for
 from effjax.kernels.linear_recurrence.problem import Problem, with_documents
@@ -99,7 +101,7 @@ def _sums(log_decay: jax.Array | None) -> jax.Array | None:
     """What the kernel reads of decays, [B, H, N, 4, C]; its `SEEN` and `LEFT` are 2 and 3."""
     if log_decay is None:
         return None
-    total = running(_chunks(log_decay), axis=3)
+    total = Sum(*(_summed(part) for part in graded(_chunks(log_decay))))
     left = total.map(lambda x: x[..., -1:]).over(total)
     parts = (total.coarse, total.fine, jnp.exp(total.coarse + total.fine), jnp.exp(left))
     return jnp.stack(parts, axis=3)
@@ -112,30 +114,33 @@ def _recurrence(
     """(o [B, N * C, H, V], last state [B, H, K, V]) of arrays in whole chunks."""
     from effjax.kernels.linear_recurrence import hopper_kernels  # Pallas takes long to import
 
-    walk = plan.forward(save=False)
+    walk = plan.forward()
     out = hopper_kernels.run(walk, q, k, v, _sums(log_decay), state)
     return out.o, out.last
 
 
-def _recurrence_forward(plan, q, k, v, log_decay, state):
+def _recurrence_forward(plan, *inputs):
     from effjax.kernels.linear_recurrence import hopper_kernels
 
-    walk = plan.forward(save=True)
+    q, k, v, log_decay, state = (None if x is None else x.value for x in inputs)
+    trained = log_decay is not None and inputs[3].perturbed
+    walk = plan.forward(save=trained)
     out = hopper_kernels.run(walk, q, k, v, _sums(log_decay), state)
     o = checkpoint_name(out.o, 'linear_recurrence_out')
     states = out.states
     if states is not None:
         states = checkpoint_name(states, 'linear_recurrence_states')
-    return (o, out.last), (q, k, v, log_decay, state, states, out.last)
+    # The last state is kept where decays have a gradient, and says in the backward pass that so.
+    return (o, out.last), (q, k, v, log_decay, state, states, out.last if trained else None)
 
 
 def _recurrence_backward(plan, saved, gradients):
     from effjax.kernels.linear_recurrence import hopper_kernels
 
     q, k, v, log_decay, state, states, last = saved
-    do, dlast = gradients
-    sums = _sums(log_decay)
-    back = hopper_kernels.run(plan.values(), k, q, do, sums, dlast)
+    do, dlast = (_array(x) for x in gradients)
+    trained, sums = last is not None, _sums(log_decay)
+    back = hopper_kernels.run(plan.values(save=trained), k, q, do, sums, dlast)
 
     def parts(x):  # [B, T, H, V] -> [B, T, H * parts, V / parts]
         return x.reshape(*x.shape[:2], -1, plan.value_dim // plan.parts)
@@ -145,13 +150,14 @@ def _recurrence_backward(plan, saved, gradients):
         return x.reshape(x.shape[0], -1, plan.value_dim // plan.parts, x.shape[3])
 
     do_, v_ = parts(do), parts(v)
-    alike = (q, k) if plan.decays else (None, None)
-    forwards, backwards = plan.queries(reverse=False), plan.queries(reverse=True)
+    forwards = plan.queries(reverse=False, like=trained)
+    backwards = plan.queries(reverse=True, like=trained)
+    alike = (q, k) if trained else (None, None)
     of_q = hopper_kernels.run(forwards, do_, v_, k, sums, turned(state), alike[0])
     of_k = hopper_kernels.run(backwards, v_, do_, q, sums, turned(dlast), alike[1])
     dq, dk = (_over_heads(plan, x.o, q) for x in (of_q, of_k))
     ddecay = None
-    if log_decay is not None:
+    if trained:
         flow = _of_heads(plan, of_q.rows) - _of_heads(plan, of_k.rows)
         known = jnp.sum(last * dlast, axis=(2, 3))[..., None]
         if states is not None:
@@ -164,6 +170,19 @@ def _recurrence_backward(plan, saved, gradients):
             ddecay = jnp.sum(ddecay, axis=0, keepdims=True)
         ddecay = jnp.where(log_decay > _NOTHING, ddecay, 0.0)
     return dq, dk, back.o, ddecay, back.last
+
+
+def _array(x: Any) -> jax.Array:
+    """A gradient, which may be a zero that has no array."""
+    zero = isinstance(x, jax.custom_derivatives.SymbolicZero)
+    return jnp.zeros(x.shape, x.dtype) if zero else x
+
+
+def _summed(x: jax.Array, *, reverse: bool = False) -> jax.Array:
+    """Running sums along the last dimension, as a product: XLA's own start each sum anew."""
+    ones = jnp.ones((x.shape[-1],) * 2, x.dtype)
+    triangle = jnp.tril(ones) if reverse else jnp.triu(ones)
+    return jnp.matmul(x, triangle, precision=jax.lax.Precision.HIGHEST)
 
 
 def _over_heads(plan: Plan, x: jax.Array, like: jax.Array) -> jax.Array:
@@ -192,8 +211,8 @@ def _flow_from_ends(difference: jax.Array, known: jax.Array) -> jax.Array:
     groups = known.shape[2]
     x = jnp.pad(difference, [(0, 0), (0, 0), (0, groups * SAVE - chunks), (0, 0)])
     x = x.reshape(batch, heads, groups, -1)
-    x = jax.lax.cumsum(x, axis=3, reverse=True) + known[..., None]
+    x = _summed(x, reverse=True) + known[..., None]
     return x.reshape(batch, heads, -1)[:, :, : chunks * size].swapaxes(1, 2)
 
 
-_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+_recurrence.defvjp(_recurrence_forward, _recurrence_backward, symbolic_zeros=True)

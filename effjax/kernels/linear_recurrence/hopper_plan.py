@@ -116,21 +116,26 @@ class Plan:
         """Parts of V, each a state's rows in the gradients of queries and keys."""
         return -(-self.value_dim // KEYS)
 
-    def forward(self, *, save: bool) -> Walk:
-        """The walk of the forward pass; `save`: a backward pass follows."""
-        kept = SAVE if save and self.decays else 0
-        return self._walk(self.key_dim, save=kept)
+    def forward(self, *, save: bool = False) -> Walk:
+        """The walk of the forward pass; `save`: decays have a gradient, for which states are kept.
 
-    def values(self) -> Walk:
+        So in the other walks.
+        """
+        return self._walk(self.key_dim, save=SAVE if save else 0)
+
+    def values(self, *, save: bool = False) -> Walk:
         """The backward walk that gives the gradient of the values and of states."""
-        return self._walk(self.key_dim, reverse=True, save=SAVE if self.decays else 0)
+        return self._walk(self.key_dim, reverse=True, save=SAVE if save else 0)
 
-    def queries(self, *, reverse: bool) -> Walk:
-        """The walk that gives the gradient of queries, or `reverse` that of keys."""
+    def queries(self, *, reverse: bool, like: bool = False) -> Walk:
+        """The walk that gives the gradient of queries, or `reverse` that of keys.
+
+        `like`: decays have a gradient, which needs the products of both with what they belong to.
+        """
         whole = self.parts == 1 and self.heads == self.groups
         dtype = 'bfloat16' if whole else 'float32'
         width = self.value_dim // self.parts
-        return self._walk(width, reverse=reverse, like=self.decays, dtype=dtype)
+        return self._walk(width, reverse=reverse, like=like, dtype=dtype)
 
     def _walk(self, width: int, **facts) -> Walk:
         return fitted(Walk(width, decays=self.decays, staged=self.staged, **facts))

@@ -52,7 +52,7 @@ def linear_recurrence(
       return_state: also return the state of the row's last document after its last token.
       chunk: tokens of a chunk of 'xla'; changes speed, memory and rounding only.
       implementation: 'pallas_tpu', 'pallas_gpu', 'xla', 'reference', or None for the best that can
-        run; 'pallas_gpu' runs by its name only for now.
+        run.
 
     Returns:
       o [B, T, H, V] in the dtype of q, or (o, state [B, H, K, V]) with the state in float32.
@@ -66,13 +66,7 @@ def linear_recurrence(
     chosen = choice.pick(
         'linear_recurrence',
         implementation,
-        # By name only until it has been measured: what stands before 'xla' is taken unasked.
-        {
-            'pallas_tpu': refused['pallas_tpu'],
-            'xla': None,
-            'pallas_gpu': refused['pallas_gpu'],
-            'reference': None,
-        },
+        {**refused, 'xla': None, 'reference': None},
         shape=(*q.shape, *v.shape[2:]),
         dtype=q.dtype.name,
         decay=kind,

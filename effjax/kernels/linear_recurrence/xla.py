@@ -76,7 +76,9 @@ def _carry(written: jax.Array, kept: jax.Array, state: jax.Array) -> tuple[jax.A
         written, kept = at
         return state * kept + written, state
 
-    last, states = jax.lax.scan(one, state, (jnp.moveaxis(written, 1, 0), jnp.moveaxis(kept, 1, 0)))
+    # Several chunks a pass of the loop: each pass is a kernel's start on a GPU.
+    by_chunk = (jnp.moveaxis(written, 1, 0), jnp.moveaxis(kept, 1, 0))
+    last, states = jax.lax.scan(one, state, by_chunk, unroll=8)
     return jnp.moveaxis(states, 0, 1), last
 
 
