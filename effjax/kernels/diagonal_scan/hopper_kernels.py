@@ -16,7 +16,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from effjax.kernels.diagonal_scan.plan import LANES, Plan, stages_for
-from effjax.kernels.diagonal_scan.planes import Planes, conjugate, flops, plus, times
+from effjax.kernels.diagonal_scan.planes import (
+    Planes,
+    conjugate,
+    decay_gradient,
+    decays,
+    exponentials,
+    flops,
+    plus,
+    times,
+)
 from effjax.kernels.hopper_ring import Part, ring
 
 _AT_ONCE = 8  # rows read before the first is written
@@ -28,7 +37,8 @@ def forward(
     """(h [B, T, D] in the dtype of x, last state [B, 1, D])."""
     n = len(x)
     body = functools.partial(_forward_body, plan, reverse, n)
-    out = _call('forward', plan, body, (*decay, *x, *state), (*x, *state), flops(x))
+    counts = flops(x), exponentials(x)
+    out = _call('forward', plan, body, (*decay, *x, *state), (*x, *state), *counts)
     return out[:n], out[n:]
 
 
@@ -39,12 +49,19 @@ def backward(
     n = len(h)
     body = functools.partial(_backward_body, plan, not reverse, n)
     args = (*decay, *h, *dh, *state, *dlast)
-    out = _call('backward', plan, body, args, (*decay, *h, *state), 2 * flops(h))
+    counts = 2 * flops(h), exponentials(h)
+    out = _call('backward', plan, body, args, (*decay, *h, *state), *counts)
     return out[:n], out[n : 2 * n], out[2 * n :]
 
 
 def _call(
-    name: str, plan: Plan, body: Any, args: Any, like: Sequence[jax.Array], flops: int
+    name: str,
+    plan: Plan,
+    body: Any,
+    args: Any,
+    like: Sequence[jax.Array],
+    flops: int,
+    exponentials: int,
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel over rows and blocks of channels; the results are like some arrays."""
     batch, _, channels = args[0].shape
@@ -52,7 +69,7 @@ def _call(
     options: dict[str, Any] = {}
     if 'cost_estimate' in inspect.signature(plgpu.kernel).parameters:  # from jax 0.12 on
         options['cost_estimate'] = pl.CostEstimate(
-            flops=flops, bytes_accessed=moved, transcendentals=0
+            flops=flops, bytes_accessed=moved, transcendentals=exponentials
         )
     out = plgpu.kernel(
         body,
@@ -156,7 +173,7 @@ def _forward_body(plan: Plan, reverse: bool, n: int, *refs: Any) -> None:
 
     def block(_: Any, tiles: Any, results: Any, carry: Planes) -> Planes:
         def rows(at: list[Any], carry: Planes) -> Planes:
-            read = [(walk.load(tiles[:n], r), walk.load(tiles[n:], r)) for r in at]
+            read = [(decays(walk.load(tiles[:n], r)), walk.load(tiles[n:], r)) for r in at]
             states = []
             for a, x in read:
                 carry = plus(times(a, carry), x)
@@ -183,7 +200,7 @@ def _backward_body(plan: Plan, reverse: bool, n: int, *refs: Any) -> None:
         beyond = _choose(step == walk.steps - 1, first, walk.load(ahead, 0))
 
         def rows(at: list[Any], carry: Planes) -> Planes:
-            read = [(walk.load(a_tile, r), walk.load(dh_tile, r)) for r in at]
+            read = [(decays(walk.load(a_tile, r)), walk.load(dh_tile, r)) for r in at]
             following = jnp.clip(at[-1] - 1 if reverse else at[-1] + 1, 0, plan.size - 1)
             before = [walk.load(h_tile, r) for r in (*at[1:], following)]
             before[-1] = _choose(at[-1] == edge, beyond, before[-1])
@@ -191,7 +208,7 @@ def _backward_body(plan: Plan, reverse: bool, n: int, *refs: Any) -> None:
             for (a, g), h in zip(read, before, strict=True):
                 g = plus(g, carry)
                 carry = times(conjugate(a), g)
-                grads.append((*times(g, conjugate(h)), *g))
+                grads.append((*decay_gradient(carry, g, h), *g))
             for r, both in zip(at, grads, strict=True):
                 _store(results, r, both)
             return carry

@@ -1,5 +1,6 @@
 """The public function: checks the call, picks an implementation, runs it."""
 
+import math
 from typing import Any
 
 import jax
@@ -68,16 +69,16 @@ def diagonal_scan(
         dtype=x.dtype.name,
     )
     with jax.named_scope(f'diagonal_scan_{chosen}'):
-        decay = jnp.exp(log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32)))
-        decay = jnp.broadcast_to(decay.astype(wide), x.shape)
-        # The kernels read bfloat16 as it is.
+        # The kernels read real numbers as they are, of decays the logarithm.
         kept = chosen in _KERNELS and wide == jnp.float32
+        decay, stop, keep = _decays(log_decay, wide, kept)
+        decay = jnp.broadcast_to(decay, x.shape)
         write, real = x if kept else x.astype(wide), None
         if segment_ids is not None:
             segment_ids = jnp.asarray(segment_ids)
             real = spread(segment_ids != 0, x)
             fresh = begins(segment_ids[:, ::-1])[:, ::-1] if reverse else begins(segment_ids)
-            decay = jnp.where(spread(fresh, x), 0, jnp.where(real, decay, 1))
+            decay = jnp.where(spread(fresh, x), stop, jnp.where(real, decay, keep))
             write = jnp.where(real, write, 0)
         if initial_state is None:
             initial_state = jnp.zeros((x.shape[0], *x.shape[2:]), wide)
@@ -87,6 +88,15 @@ def diagonal_scan(
         if not jnp.issubdtype(wide, jnp.complexfloating):
             h = h.astype(x.dtype)
     return (h, state) if return_state else h
+
+
+def _decays(log_decay: jax.Array, wide: Any, as_logarithm: bool) -> tuple[jax.Array, float, float]:
+    """(decays, what stands for a decay of 0, what for 1), perhaps all as logarithms."""
+    if as_logarithm:
+        read = log_decay.dtype in (jnp.float32, jnp.bfloat16)
+        return log_decay if read else log_decay.astype(wide), -math.inf, 0.0
+    decay = jnp.exp(log_decay.astype(jnp.promote_types(log_decay.dtype, jnp.float32)))
+    return decay.astype(wide), 0.0, 1.0
 
 
 def _check(x, log_decay, initial_state, segment_ids, chunk) -> None:

@@ -1,13 +1,15 @@
 """The recurrence as the Pallas kernels take it: channels side by side, complex numbers in planes.
 
 A call is [B, T, D] in whole blocks of a plan: what is filled up decays by 1 and writes 0, which
-changes no state. A real array is one plane, a complex one two. One kernel makes h, a second, which
-goes the other way, all gradients: with c_t the gradient of h_{t-1} that comes through token t,
+changes no state. A real array is one plane, a complex one two. Real decays come as logarithms, and
+the kernels take the exponential: outside it would go over memory once more. One kernel makes h, a
+second, which goes the other way, all gradients: with c_t the gradient of h_{t-1} that comes through
+token t,
 
     g_t = dh_t + c_{t+1},    c_t = a_t' g_t,    dx_t = g_t,    da_t = g_t h_{t-1}',
 
-so that h and the decays are all that is kept; ' is the complex conjugate, since gradients of planes
-are those of two real numbers.
+and c_t h_{t-1} the gradient of log a_t, 0 where a_t is. So h and the decays are all that is kept;
+' is the complex conjugate, since gradients of planes are those of two real numbers.
 """
 
 import functools
@@ -42,13 +44,13 @@ def scan(
       kernels: the module beside this one with `forward` and `backward`; Pallas takes long to
         import, so that it is not imported before.
       plan: how they cut up the call.
-      decay: [B, T, ...], float32 or complex64.
-      x: [B, T, ...], of the dtype of the decays, or bfloat16 with real ones.
-      state: [B, ...], of the dtype of the decays.
+      decay: [B, T, ...], complex64; or the logarithms of real ones, float32 or bfloat16.
+      x: [B, T, ...], complex64 with complex decays, else float32 or bfloat16.
+      state: [B, ...], complex64 or float32.
       reverse: from the last token to the first.
 
     Returns:
-      (h [B, T, ...] in the dtype of x, the last state [B, ...] in that of the decays).
+      (h [B, T, ...] in the dtype of x, the last state [B, ...] in that of the first).
     """
     batch, length = x.shape[:2]
     channels = state.size // batch
@@ -63,7 +65,7 @@ def scan(
         kernels,
         plan,
         reverse,
-        planes(decay, 1, *fill),
+        planes(decay, int(jnp.iscomplexobj(decay)), *fill),  # 1, or its logarithm
         planes(x, 0, *fill),
         planes(state, 0, (0, 0), fill[1]),
     )
@@ -112,6 +114,21 @@ def plus(a: Planes, b: Planes) -> Planes:
 def conjugate(a: Planes) -> Planes:
     """The conjugate of a number in planes."""
     return (a[0], *(-p for p in a[1:]))
+
+
+def decays(a: Planes) -> Planes:
+    """Decays in float32 from what a kernel reads: the logarithm where they are real."""
+    return (jnp.exp(a[0]),) if len(a) == 1 else a
+
+
+def decay_gradient(c: Planes, g: Planes, before: Planes) -> Planes:
+    """The gradient of what `decays` takes; `before` is h of the token before."""
+    return times(c if len(c) == 1 else g, conjugate(before))
+
+
+def exponentials(x: Planes) -> int:
+    """Exponentials that a kernel takes over planes [B, T, D]."""
+    return x[0].size if len(x) == 1 else 0
 
 
 def flops(x: Planes) -> int:

@@ -22,7 +22,7 @@ def refuse(x: Any, wide: Any) -> str | None:
 def scan(
     decay: jax.Array, x: jax.Array, state: jax.Array, reverse: bool, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(h [B, T, ...] in the dtype of x, last state) of decays, x and a state [B, ...]."""
+    """(h [B, T, ...] in the dtype of x, last state) of what `planes.scan` takes."""
     del chunk  # 'xla's
     plan = plan_for(x.shape[1], state[0].size, BLOCKS['pallas_tpu'])
     return planes.scan('tpu_kernels', plan, decay, x, state, reverse)

@@ -14,7 +14,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effjax.kernels.diagonal_scan.plan import ROWS, Plan
-from effjax.kernels.diagonal_scan.planes import Planes, conjugate, flops, plus, times
+from effjax.kernels.diagonal_scan.planes import (
+    Planes,
+    conjugate,
+    decay_gradient,
+    decays,
+    exponentials,
+    flops,
+    plus,
+    times,
+)
 
 _HEIGHT = 8  # rows of a register of float32
 
@@ -31,6 +40,7 @@ def forward(
         [grid.tokens(a) for a in (*decay, *x)] + [grid.state(a) for a in state],
         [grid.tokens(a) for a in x] + [grid.state(a) for a in state],
         flops(x),
+        exponentials(x),
     )
     return tuple(out[:n]), tuple(out[n:])
 
@@ -49,6 +59,7 @@ def backward(
         + [grid.state(a) for a in (*state, *dlast)],
         [grid.tokens(a) for a in (*decay, *h)] + [grid.state(a) for a in state],
         2 * flops(h),
+        exponentials(h),
     )
     return tuple(out[:n]), tuple(out[n : 2 * n]), tuple(out[2 * n :])
 
@@ -85,7 +96,9 @@ class _Grid:
         """Of [B, 1, D]."""
         return array, pl.BlockSpec((None, 1, self.plan.width), lambda b, c, n: (b, 0, c))
 
-    def call(self, name: str, body: Any, inputs: Any, out: Any, flops: int) -> Any:
+    def call(
+        self, name: str, body: Any, inputs: Any, out: Any, flops: int, exponentials: int
+    ) -> Any:
         """Runs a kernel; inputs and out are arrays, or what they are like, and their blocks."""
         arrays, in_specs = zip(*inputs, strict=True)
         like, out_specs = zip(*out, strict=True)
@@ -99,7 +112,9 @@ class _Grid:
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=('parallel', 'parallel', 'arbitrary')
             ),
-            cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
+            cost_estimate=pl.CostEstimate(
+                flops=flops, bytes_accessed=moved, transcendentals=exponentials
+            ),
             name=f'diagonal_scan_{name}',
         )(*arrays)
 
@@ -109,7 +124,7 @@ def _forward_body(reverse: bool, n: int, *refs: Any) -> None:
     _first_step_copies(state, last)
 
     def rows(at: Any, carry: Planes) -> Planes:
-        out, carry = _in_order(reverse, _rows(decay, at), _rows(x, at), carry)
+        out, carry = _in_order(reverse, decays(_rows(decay, at)), _rows(x, at), carry)
         _store(h, at, out)
         return carry
 
@@ -137,12 +152,12 @@ def _backward_body(reverse: bool, n: int, *refs: Any) -> None:
         met = tuple(
             jnp.where(inside, a[edge : edge + 1], b) for a, b in zip(neighbour, beyond, strict=True)
         )
-        a, g = conjugate(_rows(decay, at)), _rows(dh, at)
+        a, g = conjugate(decays(_rows(decay, at))), _rows(dh, at)
         c, after = _in_order(reverse, a, times(a, g), carry)
         g = plus(g, _shift(c, carry, reverse))
         _store(dx, at, g)
         before = _shift(_rows(h, at), met, not reverse)
-        _store(da, at, times(g, conjugate(before)))
+        _store(da, at, decay_gradient(c, g, before))
         return after
 
     _over_rows(reverse, rows, h[0].shape[0], dstate)
