@@ -2,13 +2,14 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from effjax.costs import walk
-from effjax.kernels import diagonal_scan, last_choice
+from effjax.kernels import diagonal_scan, last_choice, target
 from effjax.kernels.diagonal_scan import cost
 
 B, T, D = 3, 13, 4
@@ -70,6 +71,33 @@ def test_equals_the_equation(implementation, is_complex, reverse):
             np.testing.assert_allclose(got[0], expected[0], atol=5e-6)
             np.testing.assert_allclose(got[1], expected[1], atol=5e-6)
     assert last_choice('diagonal_scan')['implementation'] == implementation
+
+
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize('is_complex', [False, True], ids=['real', 'complex'])
+def test_on_gpus_a_parallel_prefix_with_the_same_gradients(is_complex, reverse):
+    arrays = inputs(1, is_complex=is_complex)
+
+    def loss(x, log_decay, state, ids):
+        h, last = diagonal_scan(
+            x, log_decay, initial_state=state, segment_ids=ids, return_state=True,
+            reverse=reverse, implementation='xla',
+        )  # fmt: skip
+        return sum(jnp.sum(jnp.sin(a.real) + jnp.cos(2 * a.imag)) for a in (h, last)), (h, last)
+
+    def traced_anew(*args):
+        return jit(jax.value_and_grad(lambda *a: loss(*a), (0, 1, 2), has_aux=True))(*args)
+
+    with jax.enable_x64(True):
+        dtype = jnp.complex128 if is_complex else jnp.float64
+        wide = [jnp.asarray(a, dtype) for a in arrays]
+        for ids in (SEGMENTS, None):
+            expected = traced_anew(*wide, ids)
+            assert last_choice('diagonal_scan')['form'] == 'chunks'
+            with target('gpu'):
+                got = traced_anew(*wide, ids)
+            assert last_choice('diagonal_scan')['form'] == 'prefix'
+            chex.assert_trees_all_close(got, expected, atol=1e-12)
 
 
 def test_constant_decays_more_channels_and_dtypes():
@@ -192,6 +220,12 @@ def test_costs_equal_the_walk(length, chunk, is_complex):
             implementation, B, length, D, is_complex=is_complex, chunk=chunk
         )
         assert walk(run, x, log_decay, strict=True).total == executed
+    prefix = cost.executed_flops(
+        'xla', B, length, D, is_complex=is_complex, chunk=chunk, form='prefix'
+    )
+    with target('gpu'):
+        run = functools.partial(diagonal_scan, implementation='xla')
+        assert walk(run, x, log_decay, strict=True).total == prefix
     # The token loop is the canonical algorithm.
     assert cost.model_flops(B, length, D, is_complex=is_complex) == executed
     assert executed == B * length * D * (8 if is_complex else 2)

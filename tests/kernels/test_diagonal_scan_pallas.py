@@ -322,9 +322,7 @@ def test_what_cannot_run_is_said():
 
     for platform in ('tpu', 'gpu'):
         name = f'pallas_{platform}'
-        choice = chosen(platform, 1, 4, 2)
-        assert choice['implementation'] == ('pallas_tpu' if platform == 'tpu' else 'xla')
-        assert name not in choice['refused']
+        assert chosen(platform, 16, 4, 129)['implementation'] == name
         refused = chosen(platform, 1, 4, 2, dtype=jnp.float16)['refused'][name]
         assert refused == 'it takes float32, bfloat16 or complex64, not float16 in float32'
         assert 'no empty arrays' in chosen(platform, 0, 4, 2)['refused'][name]
@@ -332,7 +330,23 @@ def test_what_cannot_run_is_said():
         with jax.sharding.use_abstract_mesh(mesh):
             choice = chosen(platform, 1, 4, 2)
         assert 'along the mesh axes data: call it in a shard_map' in choice['refused'][name]
+    assert chosen('tpu', 1, 4, 2)['implementation'] == 'pallas_tpu'
     x = np.zeros((1, 4, 1), np.float32)
     for name, why in (('tpu', 'a TPU'), ('gpu', 'a Hopper GPU')):
         with pytest.raises(ValueError, match=f'cannot run as .pallas_{name}.: it needs {why}, not'):
             diagonal_scan(x, x, implementation=f'pallas_{name}')
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'complex64'])
+def test_few_rows_and_channels_take_the_prefix_unless_named(dtype):
+    x = jax.ShapeDtypeStruct((31, 4, 2, 64), dtype)
+    with target('gpu'):
+        jax.eval_shape(lambda *a: diagonal_scan(*a), x, x)
+        choice = last_choice('diagonal_scan')
+        assert (choice['implementation'], choice['form']) == ('xla', 'prefix')
+        assert choice['refused']['pallas_gpu'] == (
+            'it has 31 blocks of 128 channels of a row, with fewer than 32 the parallel prefix of '
+            "'xla' is faster"
+        )
+        jax.eval_shape(lambda *a: diagonal_scan(*a, implementation='pallas_gpu'), x, x)
+    assert last_choice('diagonal_scan')['implementation'] == 'pallas_gpu'

@@ -2,13 +2,14 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from effjax.costs import walk
-from effjax.kernels import last_choice, selective_scan
+from effjax.kernels import last_choice, selective_scan, target
 from effjax.kernels.selective_scan import cost
 
 B, T, D, N = 2, 13, 3, 4
@@ -103,6 +104,26 @@ def test_gradients_of_everything():
         assert not np.any(np.asarray(grads[i])[SEGMENTS == 0])
 
 
+def test_on_gpus_a_parallel_prefix_in_chunks_with_the_same_gradients():
+    def traced_anew(*arrays):
+        def loss(*arrays):
+            y, last = selective_scan(
+                *arrays[:6], initial_state=arrays[6], segment_ids=SEGMENTS, return_state=True,
+                chunk=5, implementation='xla',
+            )  # fmt: skip
+            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(last)), (y, last)
+
+        return jax.jit(jax.value_and_grad(loss, range(7), has_aux=True))(*arrays)
+
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(a, jnp.float64) for a in inputs(1)]
+        expected = traced_anew(*wide)
+        with target('gpu'):
+            got = traced_anew(*wide)
+        assert last_choice('selective_scan')['form'] == 'prefix'
+        chex.assert_trees_all_close(got, expected, atol=1e-12)
+
+
 def test_a_row_may_be_cut_anywhere():
     u, dt, A, b, c, d, state = inputs(3)
     run = functools.partial(selective_scan, return_state=True, chunk=4)
@@ -182,6 +203,10 @@ def test_costs_equal_the_walk(length, chunk):
         run = functools.partial(selective_scan, chunk=chunk, implementation=implementation)
         executed = cost.executed_flops(implementation, B, length, D, N, chunk=chunk)
         assert walk(run, *arrays, strict=True).total == executed
+    prefix = cost.executed_flops('xla', B, length, D, N, chunk=chunk, form='prefix')
+    with target('gpu'):
+        run = functools.partial(selective_scan, chunk=chunk, implementation='xla')
+        assert walk(run, *arrays, strict=True).total == prefix
     assert cost.model_flops(B, length, D, N) == 5 * B * length * D * N
 
 

@@ -257,9 +257,7 @@ def test_what_cannot_run_is_said():
 
     for name in KERNELS:
         platform = name.removeprefix('pallas_')
-        choice = chosen(platform, 1, 4, 2, 3)
-        assert choice['implementation'] == ('pallas_tpu' if platform == 'tpu' else 'xla')
-        assert name not in choice['refused']
+        assert chosen(platform, 1, 4, 2, 3)['implementation'] == name
         refused = chosen(platform, 1, 4, 2, 3, dtype=jnp.float16)['refused'][name]
         assert refused == 'it takes float32 or bfloat16, not float16'
         assert 'no empty arrays' in chosen(platform, 0, 4, 2, 3)['refused'][name]

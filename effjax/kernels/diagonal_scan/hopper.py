@@ -1,22 +1,33 @@
 """The diagonal recurrence on Hopper GPUs: each pass goes over memory once."""
 
+import math
 from typing import Any
 
 import jax
 
 from effjax.kernels.devices import refuse_hopper
 from effjax.kernels.diagonal_scan import planes
-from effjax.kernels.diagonal_scan.plan import BLOCKS, plan_for
+from effjax.kernels.diagonal_scan.plan import BLOCKS, FEWEST, LANES, plan_for
 
 
-def refuse(x: Any, wide: Any) -> str | None:
-    """Returns why the kernels cannot run this call here, or None.
+def refuse(x: Any, wide: Any, *, by_name: bool) -> str | None:
+    """Returns why the kernels cannot or, not asked for by name, should not run this call here.
 
     Args:
       x: inputs [B, T, ...], or their shape and dtype.
       wide: dtype of the arithmetic.
+      by_name: they are asked for.
     """
-    return refuse_hopper() or planes.refuse(x, wide)
+    why = refuse_hopper() or planes.refuse(x, wide)
+    if why or by_name:
+        return why
+    blocks = x.shape[0] * -(-math.prod(x.shape[2:]) // LANES)
+    if blocks < FEWEST:
+        return (
+            f'it has {blocks} blocks of 128 channels of a row, with fewer than {FEWEST} the '
+            "parallel prefix of 'xla' is faster"
+        )
+    return None
 
 
 def scan(

@@ -42,9 +42,9 @@ def diagonal_scan(
       segment_ids: int32 [B, T], the document of each token, 0 is padding. None: one document.
       return_state: also return the state after the last token of the document that the scan
         comes to last.
-      chunk: tokens of a chunk of 'xla'; changes speed and rounding only.
+      chunk: tokens of a chunk of 'xla', which has none on GPUs; changes speed and rounding only.
       implementation: 'pallas_tpu', 'pallas_gpu' (Hopper), 'xla', 'reference', or None for the
-        best that can run; 'pallas_gpu' runs by its name only for now.
+        best that can run; where rows and channels are few, 'pallas_gpu' runs by its name only.
 
     Returns:
       h [B, T, ...], real in the dtype of x, complex in complex64; or (h, state [B, ...]) with the
@@ -58,13 +58,13 @@ def diagonal_scan(
     chosen = choice.pick(
         'diagonal_scan',
         implementation,
-        # The GPU's by its name only until it has been measured: what stands before 'xla' is taken.
         {
             'pallas_tpu': tpu.refuse(x, wide),
+            'pallas_gpu': hopper.refuse(x, wide, by_name=implementation is not None),
             'xla': None,
-            'pallas_gpu': hopper.refuse(x, wide),
             'reference': None,
         },
+        {'xla': xla.form()},
         shape=x.shape,
         dtype=x.dtype.name,
     )

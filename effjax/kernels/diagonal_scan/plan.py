@@ -29,6 +29,10 @@ TPU = Plan(256, 512)
 # 2048 channels, where an H200 has 132 multiprocessors. With fewer, some have nothing to do; each of
 # the others then moves a few times what is its share when all are busy.
 GPU = Plan(16, 128)
+# A warpgroup alone takes as long for its row as 128 of them side by side, where a parallel prefix
+# gets faster with fewer channels. On an H200 it is faster with 16, real or complex, and by those
+# times the kernels are from about 30 on.
+FEWEST = 32
 BLOCKS = {'pallas_tpu': TPU, 'pallas_gpu': GPU}
 SHARED = 110 * 1024  # bytes of shared memory of a warpgroup's ring: two fit a multiprocessor
 

@@ -37,12 +37,14 @@ def executed_flops(
     states: int,
     *,
     chunk: int = CHUNK,
+    form: str = 'chunks',
 ) -> float:
     """FLOPs of the forward pass that count as hardware FLOPs.
 
     The recurrence and its read-out, of the Pallas kernels with all that fills up whole blocks; of
     'xla' also what a chunk computes for them, the decays (a product and an exponential) and the
-    writes, since a chunk is one body with its state.
+    writes, since a chunk is one body with its state. Its form is 'chunks', or on GPUs 'prefix',
+    which also adds what the state does to the first token and puts tokens together by additions.
     """
     elements = batch * channels * states
     if implementation == 'reference':
@@ -52,7 +54,9 @@ def executed_flops(
         blocks = -(-length // plan.size) * -(-channels // plan.width)
         return 4.0 * batch * blocks * plan.size * plan.width * plan.states
     size, inner = sizes(length, chunk)
-    scanned = diagonal.executed_flops('xla', 1, size, 1, chunk=inner)
+    scanned = diagonal.executed_flops('xla', 1, size, 1, chunk=inner, form=form)
+    if form == 'prefix':
+        scanned += 2 + sum(size >> i for i in range(size.bit_length() - 1))
     per_chunk = elements * (scanned + 5.0 * size) + batch * channels * size
     return -(-length // size) * per_chunk
 

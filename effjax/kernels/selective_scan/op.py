@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.kernels import choice
+from effjax.kernels.diagonal_scan import xla as diagonal
 from effjax.kernels.documents import begins, check_segments
 from effjax.kernels.selective_scan import cost, hopper, reference, tpu, xla
 
@@ -49,7 +50,7 @@ def selective_scan(
       return_state: also return the state of the row's last document after its last token.
       chunk: tokens whose states exist at a time in 'xla'; changes speed and rounding only.
       implementation: 'pallas_tpu', 'pallas_gpu' (Hopper), 'xla', 'reference', or None for the
-        best that can run; 'pallas_gpu' runs by its name only for now.
+        best that can run.
 
     Returns:
       y [B, T, D] in the dtype of u, or (y, state [B, D, N]) with the state in float32.
@@ -61,13 +62,13 @@ def selective_scan(
     chosen = choice.pick(
         'selective_scan',
         implementation,
-        # The GPU's by its name only until it has been measured: what stands before 'xla' is taken.
         {
             'pallas_tpu': tpu.refuse(u, dt, A.shape[1]),
-            'xla': None,
             'pallas_gpu': hopper.refuse(u, dt, A.shape[1]),
+            'xla': None,
             'reference': None,
         },
+        {'xla': diagonal.form()},
         shape=(*u.shape, A.shape[1]),
         dtype=u.dtype.name,
     )

@@ -1,9 +1,9 @@
 """The selective scan chunk by chunk: the states of one chunk's tokens exist at a time.
 
 A scan over chunks carries the state. Inside a chunk all decays and writes are formed, and the
-diagonal recurrence runs over them with the chunk halved into about as many parts as each has
-tokens. The chunk's work is rematerialised: the backward pass keeps one state a chunk and the
-inputs as they came.
+diagonal recurrence runs over them: with the chunk cut into about as many parts as each has tokens,
+or on GPUs as a parallel prefix. The chunk's work is rematerialised: the backward pass keeps one
+state a chunk and the inputs as they came.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from effjax.kernels.diagonal_scan.xla import time_first
+from effjax.kernels.diagonal_scan.xla import form, time_first
 from effjax.kernels.selective_scan.cost import sizes
 
 
@@ -38,7 +38,8 @@ def run(
         return x.reshape(n, size, *x.shape[1:])
 
     flags = None if fresh is None else split(fresh)
-    one = jax.checkpoint(functools.partial(_chunk, inner), prevent_cse=False)
+    inside = None if form() == 'prefix' else inner
+    one = jax.checkpoint(functools.partial(_chunk, inside), prevent_cse=False)
 
     def step(state: jax.Array, at: Any) -> tuple[jax.Array, jax.Array]:
         return one(A, state, *at)
@@ -49,7 +50,7 @@ def run(
 
 
 def _chunk(
-    inner: int,
+    inner: int | None,
     A: jax.Array,
     state: jax.Array,
     u: jax.Array,
