@@ -168,6 +168,29 @@ def test_padding_is_never_read_and_a_row_of_padding_keeps_its_state(name):
     assert not np.any(y)
 
 
+@pytest.mark.ci
+def test_seeds_side_by_side_on_a_gpu():
+    """Under vmap, as studies run them: lowered, and right in the interpreter."""
+    cut, ids = case('pallas_gpu', inputs(7))
+    arrays = {n: x[:, :9] if n in ('u', 'dt', 'B', 'C') else x for n, x in cut.items()}
+    ids = ids[:, :9]  # two chunks
+
+    def f(name):
+        return lambda a: loss(a, ids, name)
+
+    def both(name):
+        return jax.jit(jax.vmap(jax.value_and_grad(f(name), has_aux=True)))
+
+    seeds = {n: np.stack([x, x / 2]) for n, x in arrays.items()}
+    with target('gpu'):
+        lowered = both('pallas_gpu').trace(seeds).lower(lowering_platforms=('cuda',))
+    assert lowered.as_text().count('custom_call @mosaic_gpu') == 2
+    with interpreted('pallas_gpu'):
+        got = jax.block_until_ready(both('pallas_gpu')(seeds))
+    # float32 sums of about ten terms of order 1, and gradients of some such sums
+    chex.assert_trees_all_close(got, both('reference')(seeds), atol=3e-5, rtol=1e-5)
+
+
 def shapes(batch, length, channels, states, dtype='bfloat16', sharding=None):
     """Abstract arguments of a call with an initial state, and documents."""
     array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
