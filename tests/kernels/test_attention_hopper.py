@@ -177,12 +177,13 @@ LARGE = [
     ('shape', 'call'), [LARGE[0], *[pytest.param(*x, marks=pytest.mark.ci) for x in LARGE[1:]]]
 )
 def test_lowers(shape, call):
-    """This decides on layouts and sees whether shared memory is enough; None takes it."""
+    """This decides on layouts and sees whether shared memory is enough."""
     ids = jax.ShapeDtypeStruct(shape[:2], jnp.int32) if 'documents' in call else None
     call = {name: x for name, x in call.items() if name != 'documents'}
 
     def f(q, k, v, ids):
-        return jnp.sum(attention(q, k, v, segment_ids=ids, **call).astype(jnp.float32))
+        o = attention(q, k, v, segment_ids=ids, implementation='pallas_gpu', **call)
+        return jnp.sum(o.astype(jnp.float32))
 
     with target('gpu'):
         traced = jax.jit(jax.grad(f, (0, 1, 2))).trace(*shapes(*shape), ids)
@@ -258,11 +259,11 @@ def test_what_it_refuses(shape, call, why):
 
 
 def test_the_order_of_implementations():
-    """cuDNN comes first for what it can run, of which None is not asked here: it needs a GPU."""
-    assert list(op._IMPLEMENTATIONS)[:3] == ['cudnn', 'pallas_gpu', 'splash']
+    """By its name only until it has been measured."""
+    assert list(op._IMPLEMENTATIONS)[2:4] == ['xla', 'pallas_gpu']
     with target('gpu'):
-        for call, refused in (({'implementation': 'pallas_gpu'}, False), ({'soft_cap': 2.0}, True)):
-            f = functools.partial(attention, **call)
+        for call, refused in (({}, False), ({'soft_cap': 2.0}, True)):
+            f = functools.partial(attention, implementation='pallas_gpu', **call)
             jax.eval_shape(f, *shapes(1, 128, 1, 1, 64))
             chosen = last_choice('attention')
             assert chosen['implementation'] == 'pallas_gpu'

@@ -1,7 +1,8 @@
 """Softmax attention: `softmax(cap(scale q k^T) + mask) v`, with grouped key-value heads.
 
-Implementations, best first: 'cudnn' (NVIDIA GPU, 16 bits), 'pallas_gpu' (Hopper GPU, bfloat16, also
-sparse masks), 'splash' (TPU), 'xla' (anywhere), 'reference' (dense truth in float32).
+Implementations, in the order of trying: 'cudnn' (NVIDIA GPU, 16 bits), 'splash' (TPU), 'xla'
+(anywhere), 'pallas_gpu' (Hopper GPU, bfloat16, also sparse masks; by its name only), 'reference'
+(dense truth in float32).
 """
 
 from effjax.kernels.attention.mask import MaskSpec
