@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
@@ -226,17 +225,8 @@ def test_lowers(name):
         ((1, 300, 256, 128), 'float32'),
     ],
 )
-def test_compiles_for_a_tpu_ahead(topology, dims, dtype, monkeypatch):
-    libtpu = pytest.importorskip('libtpu', reason='needs libtpu, of the extra effjax[tpu]')
-    for name, value in {
-        'TPU_SKIP_MDS_QUERY': '1',
-        'TPU_LIBRARY_PATH': libtpu.get_library_path(),
-        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    }.items():
-        monkeypatch.setenv(name, value)
-    device = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    args = shapes(*dims, dtype, sharding=sharding)
+def test_compiles_for_a_tpu_ahead(topology, dims, dtype, tpu_sharding):
+    args = shapes(*dims, dtype, sharding=tpu_sharding(topology))
     f = jax.value_and_grad(lambda *a: loss(*a, 'pallas_tpu'), has_aux=True)
     with target('tpu'):
         compiled = jax.jit(f).lower(*args).compile()

@@ -17,10 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType
 
-from effjax.kernels import choice
 from effjax.kernels.decays import Sum, before, running
+from effjax.kernels.devices import refuse_tpu
 from effjax.kernels.linear_recurrence.problem import Problem, first_tokens, with_documents
 from effjax.kernels.linear_recurrence.tpu_plan import LANES, Plan, plan_for
 
@@ -36,17 +35,12 @@ def refuse(q: Any, v: Any, decay: str, bonus: bool) -> str | None:
       decay: 'none', 'head', 'scalar' or 'vector'.
       bonus: whether there is one.
     """
-    if choice.platform() != 'tpu':
-        return f'it needs a TPU, not {choice.platform()}'
+    if (why := refuse_tpu()) is not None:
+        return why
     if q.dtype.name not in ('bfloat16', 'float32'):
         return f'it takes bfloat16 or float32, not {q.dtype.name}'
     if not (q.size and v.size):
         return f'it takes no empty arrays, as {list(q.shape)} and {list(v.shape)}'
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    free = [a for a, kind in kinds if kind != AxisType.Manual and mesh.shape[a] > 1]
-    if free:
-        return f'XLA cannot cut it along the mesh axes {", ".join(free)}: call it in a shard_map'
     if _plan(q, v, decay, bonus) is None:
         return f'a state of {q.shape[3]} x {v.shape[3]} leaves too little VMEM'
     return None
