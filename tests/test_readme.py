@@ -57,7 +57,8 @@ def test_the_kernel_example_runs(capsys):
     names: dict = {}
     exec(source, names)
     assert names['gradient'].shape == (2, 100, 32)
-    assert capsys.readouterr().out.startswith("xla {'pallas_")
+    out = capsys.readouterr().out
+    assert "'implementation': 'xla'" in out and "'pallas_gpu': 'it needs a Hopper GPU" in out
     assert len(source.splitlines()) < 16
 
 

@@ -5,6 +5,8 @@ from jax.sharding import AxisType
 
 from effjax.kernels import choice
 
+SHORT = 16  # tokens of a row that a kernel's blocks are not worth filling up for
+
 
 def refuse_tpu() -> str | None:
     """Returns why a TPU kernel cannot run here, or None."""
@@ -31,4 +33,11 @@ def refuse_mesh() -> str | None:
     free = [a for a, kind in kinds if kind != AxisType.Manual and mesh.shape[a] > 1]
     if free:
         return f'XLA cannot cut it along the mesh axes {", ".join(free)}: call it in a shard_map'
+    return None
+
+
+def refuse_short(length: int, implementation: str | None) -> str | None:
+    """Returns why a kernel should not take rows of so many tokens unasked, or None."""
+    if implementation is None and length < SHORT:
+        return f'rows of fewer than {SHORT} tokens, as in decoding, fill too little of its blocks'
     return None

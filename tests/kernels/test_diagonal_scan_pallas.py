@@ -343,7 +343,7 @@ def test_what_cannot_run_is_said():
 
     for platform in ('tpu', 'gpu'):
         name = f'pallas_{platform}'
-        assert chosen(platform, 16, 4, 129)['implementation'] == name
+        assert chosen(platform, 16, 20, 129)['implementation'] == name
         refused = chosen(platform, 1, 4, 2, dtype=jnp.float16)['refused'][name]
         assert refused == 'it takes float32, bfloat16 or complex64, not float16 in float32'
         assert 'no empty arrays' in chosen(platform, 0, 4, 2)['refused'][name]
@@ -351,7 +351,7 @@ def test_what_cannot_run_is_said():
         with jax.sharding.use_abstract_mesh(mesh):
             choice = chosen(platform, 1, 4, 2)
         assert 'along the mesh axes data: call it in a shard_map' in choice['refused'][name]
-    assert chosen('tpu', 1, 4, 2)['implementation'] == 'pallas_tpu'
+    assert chosen('tpu', 1, 16, 2)['implementation'] == 'pallas_tpu'
     x = np.zeros((1, 4, 1), np.float32)
     for name, why in (('tpu', 'a TPU'), ('gpu', 'a Hopper GPU')):
         with pytest.raises(ValueError, match=f'cannot run as .pallas_{name}.: it needs {why}, not'):

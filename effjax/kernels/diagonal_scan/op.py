@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.kernels import choice
+from effjax.kernels.devices import refuse_short
 from effjax.kernels.diagonal_scan import cost, hopper, reference, tpu, xla
 from effjax.kernels.documents import begins, check_segments, spread
 
@@ -55,12 +56,13 @@ def diagonal_scan(
     """
     _check(x, log_decay, initial_state, segment_ids, chunk)
     wide = jnp.promote_types(jnp.promote_types(x.dtype, log_decay.dtype), jnp.float32)
+    short = refuse_short(x.shape[1], implementation)
     chosen = choice.pick(
         'diagonal_scan',
         implementation,
         {
-            'pallas_tpu': tpu.refuse(x, wide),
-            'pallas_gpu': hopper.refuse(x, wide, by_name=implementation is not None),
+            'pallas_tpu': tpu.refuse(x, wide) or short,
+            'pallas_gpu': hopper.refuse(x, wide, by_name=implementation is not None) or short,
             'xla': None,
             'reference': None,
         },

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.kernels import choice
+from effjax.kernels.devices import refuse_short
 from effjax.kernels.linear_recurrence import cost, hopper, problem, reference, tpu, xla
 
 _KERNELS = {'pallas_tpu': tpu, 'pallas_gpu': hopper}
@@ -62,7 +63,10 @@ def linear_recurrence(
     """
     problem.check(q, k, v, log_decay, bonus, initial_state, segment_ids, chunk)
     kind = problem.decay_kind(log_decay)
-    refused = {n: kernel.refuse(q, v, kind, bonus is not None) for n, kernel in _KERNELS.items()}
+    short = refuse_short(q.shape[1], implementation)
+    refused = {
+        n: kernel.refuse(q, v, kind, bonus is not None) or short for n, kernel in _KERNELS.items()
+    }
     chosen = choice.pick(
         'linear_recurrence',
         implementation,

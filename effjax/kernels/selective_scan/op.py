@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.kernels import choice
+from effjax.kernels.devices import refuse_short
 from effjax.kernels.diagonal_scan import xla as diagonal
 from effjax.kernels.documents import begins, check_segments
 from effjax.kernels.selective_scan import cost, hopper, reference, tpu, xla
@@ -59,12 +60,13 @@ def selective_scan(
       ValueError: shapes that do not fit, an implementation that is unknown or cannot run here.
     """
     _check(u, dt, A, B, C, D, initial_state, segment_ids, chunk)
+    short = refuse_short(u.shape[1], implementation)
     chosen = choice.pick(
         'selective_scan',
         implementation,
         {
-            'pallas_tpu': tpu.refuse(u, dt, A.shape[1]),
-            'pallas_gpu': hopper.refuse(u, dt, A.shape[1]),
+            'pallas_tpu': tpu.refuse(u, dt, A.shape[1]) or short,
+            'pallas_gpu': hopper.refuse(u, dt, A.shape[1]) or short,
             'xla': None,
             'reference': None,
         },
