@@ -3,6 +3,8 @@
 Plain Python: `effjax.costs` imports it without jax.
 """
 
+from effjax.kernels.delta_rule import tpu_plan
+
 CHUNK = 64  # tokens of a chunk unless the caller says otherwise
 
 
@@ -36,8 +38,17 @@ def executed_flops(
 
     Of a chunk of C tokens 'xla' forms two C x C matrices over the keys' dimension, solves a
     triangular system for K + V columns, and multiplies one C x C matrix by C x V and three C x K
-    matrices by K x V (or their transposes).
+    matrices by K x V (or their transposes). 'pallas_tpu' inverts the system's matrix, which its
+    plan counts, and not what is elementwise; its chunks here are those for bfloat16.
     """
+    if implementation == 'pallas_tpu':
+        plan = tpu_plan.plan_for(length, heads, key_dim, value_dim, itemsize=2)
+        if plan is None:
+            raise ValueError(
+                f'delta_rule: pallas_tpu has no plan for {(length, heads, key_dim, value_dim)}.'
+            )
+        sums = 2 * plan.size * heads if decay else 0  # of decays, by XLA, before the kernel
+        return float(batch * -(-length // plan.size) * (plan.forward_flops + sums))
     if implementation == 'reference':
         return 6.0 * batch * length * heads * key_dim * value_dim
     size = chunk_size(length, chunk)

@@ -5,9 +5,10 @@ from typing import Any
 import jax
 
 from effjax.kernels import choice
-from effjax.kernels.delta_rule import cost, problem, reference, xla
+from effjax.kernels.delta_rule import cost, problem, reference, tpu, xla
+from effjax.kernels.devices import refuse_short
 
-_IMPLEMENTATIONS = {'xla': xla, 'reference': reference}
+_IMPLEMENTATIONS = {'pallas_tpu': tpu, 'xla': xla, 'reference': reference}
 
 
 def delta_rule(
@@ -44,24 +45,26 @@ def delta_rule(
       segment_ids: int32 [B, T], the document of each token, 0 is padding. None: one document.
       return_state: also return the state of the row's last document after its last token.
       chunk: tokens of a chunk of 'xla'; changes speed and rounding only.
-      implementation: 'xla', 'reference', or None for the best that can run.
+      implementation: 'pallas_tpu', 'xla', 'reference', or None for the best that can run.
 
     Returns:
       o [B, T, H, V] in the dtype of q, or (o, state [B, H, K, V]) with the state in float32.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: shapes that do not fit, an implementation that is unknown or cannot run here.
     """
     problem.check(q, k, v, beta, log_decay, initial_state, segment_ids, chunk)
+    refused = tpu.refuse(q, k, v) or refuse_short(q.shape[1], implementation)
     chosen = choice.pick(
         'delta_rule',
         implementation,
-        dict.fromkeys(_IMPLEMENTATIONS),
+        {'pallas_tpu': refused, 'xla': None, 'reference': None},
         shape=(*q.shape, v.shape[-1]),
         dtype=q.dtype.name,
     )
     with jax.named_scope(f'delta_rule_{chosen}'):
-        prepared = problem.prepare(q, k, v, beta, log_decay, scale, initial_state, segment_ids)
+        arrays = (q, k, v, beta, log_decay, scale, initial_state, segment_ids)
+        prepared = problem.prepare(*arrays, widen=chosen != 'pallas_tpu')
         o, state = _IMPLEMENTATIONS[chosen].run(prepared, chunk)
         o = o.astype(q.dtype)
     return (o, state) if return_state else o

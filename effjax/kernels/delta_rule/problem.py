@@ -13,6 +13,8 @@ from effjax.kernels.documents import begins, check_segments
 class Problem:
     """Inputs in float32 (float64 where they are), padding made harmless.
 
+    The TPU kernels take queries, keys and values in their own dtype and widen them as they go.
+
     Attributes:
       q: queries [B, T, H, K], scaled.
       k: keys [B, T, H, K].
@@ -67,12 +69,19 @@ def check(q, k, v, beta, log_decay, initial_state, segment_ids, chunk) -> None:
         raise ValueError(f'delta_rule: chunk must be at least 1, got {chunk}.')
 
 
-def prepare(q, k, v, beta, log_decay, scale, initial_state, segment_ids) -> Problem:
-    """Returns the inputs in one form; padding neither reads, decays nor writes."""
+def prepare(q, k, v, beta, log_decay, scale, initial_state, segment_ids, *, widen: bool) -> Problem:
+    """Returns the inputs in one form; padding neither reads, decays nor writes.
+
+    Args:
+      q, k, v, beta, log_decay, scale, initial_state, segment_ids: as `delta_rule` takes them.
+      widen: q, k and v too become float32, before q is scaled.
+    """
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    q, k, v, beta = (x.astype(wide) for x in (q, k, v, beta))
+    beta = beta.astype(wide)
+    if widen:
+        q, k, v = (x.astype(wide) for x in (q, k, v))
     if scale is not None:
-        q = q * scale
+        q = q * jnp.asarray(scale, q.dtype)
     if log_decay is not None:
         log_decay = jnp.broadcast_to(log_decay.astype(wide), beta.shape)
     documents = None
