@@ -213,11 +213,17 @@ def test_lowers_for_tpu(monkeypatch):
     assert 'tensor<2x384x512xbf16>' in text  # whole chunks and lanes, heads side by side
 
 
+CHIPS = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
+AHEAD = [  # all for the first chip, the first for the others too
+    ((8, 4096, 16, 128, 128), 'bfloat16'),
+    ((1, 1000, 3, 256, 512), 'float32'),
+]
+
+
 @pytest.mark.ci
-@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'])
 @pytest.mark.parametrize(
-    ('dims', 'dtype'),
-    [((8, 4096, 16, 128, 128), 'bfloat16'), ((1, 1000, 3, 256, 512), 'float32')],
+    ('topology', 'dims', 'dtype'),
+    [(chip, *case) for chip in CHIPS for case in (AHEAD if chip == CHIPS[0] else AHEAD[:1])],
 )
 def test_compiles_for_a_tpu_ahead(topology, dims, dtype, tpu_sharding, monkeypatch):
     monkeypatch.setattr(tpu_plan, 'CHUNK', CHUNK)
