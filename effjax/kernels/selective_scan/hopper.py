@@ -20,16 +20,6 @@ def refuse(u: Any, dt: Any, states: int) -> str | None:
     return refuse_hopper() or fused.refuse(u, dt, states, STATES['pallas_gpu'])
 
 
-def run(
-    u: jax.Array,
-    dt: jax.Array,
-    A: jax.Array,
-    B: jax.Array,
-    C: jax.Array,
-    D: jax.Array | None,
-    state: jax.Array,
-    fresh: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """(y [B, T, D] with the skip, the last state); see `fused.run`."""
-    plan = hopper_plan(u.shape[1], *A.shape)
-    return fused.run('hopper_kernels', plan, u, dt, A, B, C, D, state, fresh)
+def run(u: jax.Array, dt: jax.Array, A: jax.Array, *rest: Any) -> tuple[jax.Array, jax.Array]:
+    """(y [B, T, D] with the skip, the last state); arguments as of `fused.run` behind the plan."""
+    return fused.run('hopper_kernels', hopper_plan(u.shape[1], *A.shape), u, dt, A, *rest)
