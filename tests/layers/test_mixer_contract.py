@@ -83,7 +83,10 @@ MORE = {
     'etc': [{'heads': 3, 'radius': 0, 'bias': True}, {'heads': 2, 'implementation': 'reference'}],
     'gated_deltanet': [{'heads': 1, 'chunk': 1, 'conv': 0}, {'heads': 2, 'gate': False}],
     'gla': [{'heads': 3, 'implementation': 'reference', 'temperature': 0.5}],
-    'h3': [{'head_dim': 2, 'state': 4, 'shift': 3, 'bias': True, 'implementation': 'reference'}],
+    'h3': [
+        {'head_dim': 2, 'state': 4, 'shift': 3, 'bias': True, 'implementation': 'reference'},
+        {'state': 4, 'shift': 32},
+    ],
     'hyena': [{'order': 3, 'conv': 2, 'bias': True, 'implementation': 'reference'}],
     'linear_attention': [{'heads': 3, 'implementation': 'reference', 'conv': 2}],
     'linformer': [

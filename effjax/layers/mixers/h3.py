@@ -20,6 +20,8 @@ from effjax.layers.mixers.recurrent import Recurrent, State, need_causal
 from effjax.layers.mixers.short_conv import ShortConv
 from effjax.layers.mixers.state_space import LR_SCALE, by_chunks, log_steps, power_sums
 
+LONG = 32  # taps of a shift from which a Fourier transform is less work than their sum
+
 
 class H3(Recurrent):
     """`out(q * diagonal(shift(k) v^T))`, a state space each for shift and diagonal.
@@ -29,7 +31,7 @@ class H3(Recurrent):
     diagonal one is S4D's (arXiv 2206.11893, zero-order hold, `A = -1/2 + i pi n` at first), over
     the product of a head's keys and values, key_dim x value_dim numbers. Both pass their input on
     with a trained factor. A stretch without a state before or after it is one convolution by
-    Fourier transform; with one, a scan over chunks.
+    Fourier transform, and so is a shift of `LONG` taps or more; with one, a scan over chunks.
 
     Args:
       ctx: the model's context.
@@ -134,8 +136,12 @@ class H3(Recurrent):
         """Both state spaces over a stretch of tokens; see `Recurrent.mix`."""
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         k = self.key(x_BTD)
-        before = None if memory is None else memory['shift']
-        shifted, shift = self.shift(k, info.segment_ids, before)
+        if memory is None and not return_memory and self.taps >= LONG:
+            taps = self.policy.cast(self.shift.kernel[...])[::-1]
+            shifted, shift = self._long(k, taps, info), None
+        else:
+            before = None if memory is None else memory['shift']
+            shifted, shift = self.shift(k, info.segment_ids, before)
         k = shifted + k * self.policy.cast(self.key_skip[...])
         v = self.value(x_BTD)
         kv = (k[..., :, None] * v[..., None, :]).astype(wide)  # [B, T, H, K, V]
@@ -148,6 +154,10 @@ class H3(Recurrent):
         y = q * y[..., 0] if self.head_dim == 1 else jnp.einsum('bthk,bthkv->bthv', q, y)
         new = None if state is None else {'shift': shift, 'state': state}
         return self.out(y), new if return_memory else None
+
+    def _long(self, x: jax.Array, taps: jax.Array, info: SeqInfo) -> jax.Array:
+        ids = info.segment_ids
+        return fft_conv(x, taps, segment_ids=ids, implementation=self.implementation)
 
     def discrete(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """Returns (log of the decays, C by zero-order hold, twice), complex [H, N / 2]."""
@@ -166,8 +176,7 @@ class H3(Recurrent):
         if state is None:
             taps = power_sums(log_decay, read, kv.shape[1])[:, :, None, None]
             taps = jnp.broadcast_to(taps, (taps.shape[0], *kv.shape[2:]))
-            ids = info.segment_ids
-            return fft_conv(kv, taps, segment_ids=ids, implementation=self.implementation), None
+            return self._long(kv, taps, info), None
         log_decay, read = (jnp.repeat(a, each, axis=0) for a in (log_decay, read))
 
         def one(h: jax.Array, u: jax.Array, ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -184,7 +193,7 @@ class H3(Recurrent):
         return y.reshape(kv.shape), jnp.stack([last.real, last.imag], axis=1)
 
     def cost(self, batch: int, seq_len: int) -> Cost:
-        """Cost of one forward pass: the diagonal spaces' convolution by Fourier transform.
+        """Cost of one forward pass: the convolutions by Fourier transform, a long shift's too.
 
         Taps are made once for all rows and do not count.
         """
@@ -197,7 +206,7 @@ class H3(Recurrent):
             products += matmul_flops(tokens, self.head_dim, width)
         return Cost(
             matmul=products,
-            fft=model_flops(batch, seq_len, spaces),
+            fft=model_flops(batch, seq_len, spaces + width * (self.taps >= LONG)),
             params=params,
             params_used=params,
             # The input, q, k, v, the shifted key, the output before its projection; in float32

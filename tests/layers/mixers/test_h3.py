@@ -44,7 +44,9 @@ def paper(p, x):
     return np.einsum('thk,hkd->td', y, p['out']['kernel']) + p['out']['bias']
 
 
-@pytest.mark.parametrize('config', [{}, {'head_dim': 2, 'shift': 3}], ids=['one', 'heads'])
+@pytest.mark.parametrize(
+    'config', [{}, {'head_dim': 2, 'shift': 3}, {'shift': 32}], ids=['one', 'heads', 'long']
+)
 def test_against_the_paper(config):
     mixer = make(**{'state': 6, 'bias': True, 'chunk': 4, **config})
     params = jax.tree.map(
