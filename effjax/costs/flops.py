@@ -31,6 +31,7 @@ from effjax.costs import products
 # `products.KernelCall` and returns FLOPs on one device, or None where it cannot tell.
 KERNELS: dict[str, str | Callable[[products.KernelCall], float | None]] = {
     'attention_': 'effjax.kernels.attention.cost:kernel_flops',
+    'delta_rule_': 'effjax.kernels.delta_rule.cost:kernel_flops',
     'diagonal_scan_': 'effjax.kernels.diagonal_scan.cost:kernel_flops',
     'linear_recurrence_walk': 'effjax.kernels.linear_recurrence.cost:kernel_flops',
     'selective_scan_': 'effjax.kernels.selective_scan.cost:kernel_flops',

@@ -3,7 +3,9 @@
 Plain Python: `effjax.costs` imports it without jax.
 """
 
-from effjax.kernels.delta_rule import tpu_plan
+from typing import Any
+
+from effjax.kernels.delta_rule import hopper_plan, tpu_plan
 
 CHUNK = 64  # tokens of a chunk unless the caller says otherwise
 
@@ -39,8 +41,17 @@ def executed_flops(
     Of a chunk of C tokens 'xla' forms two C x C matrices over the keys' dimension, solves a
     triangular system for K + V columns, and multiplies one C x C matrix by C x V and three C x K
     matrices by K x V (or their transposes). 'pallas_tpu' inverts the system's matrix, which its
-    plan counts, and not what is elementwise; its chunks here are those for bfloat16.
+    plan counts, and not what is elementwise; its chunks here are those for bfloat16. So does
+    'pallas_gpu', whose running sums of decays are a product too.
     """
+    if implementation == 'pallas_gpu':
+        found = hopper_plan.plan_for(heads, key_dim, value_dim)
+        if found is None:
+            raise ValueError(
+                f'delta_rule: pallas_gpu has no plan for {(heads, key_dim, value_dim)}.'
+            )
+        sums = 4 * found.size**2 * heads if decay else 0
+        return float(batch * -(-length // found.size) * (found.forward_flops + sums))
     if implementation == 'pallas_tpu':
         plan = tpu_plan.plan_for(length, heads, key_dim, value_dim, itemsize=2)
         if plan is None:
@@ -58,3 +69,14 @@ def executed_flops(
     inside = size * size * ((4 if size > 1 else 2) * key_dim + 2 * value_dim) + solve
     across = 6 * size * key_dim * value_dim
     return float(chunks * (inside + across + (size if decay else 0)))
+
+
+def kernel_flops(call: Any) -> float:
+    """FLOPs of one call of a Hopper kernel, a `costs.products.KernelCall`."""
+    batch, length, heads, key_dim = call.inputs[0].shape
+    if call.name == 'delta_rule_system':
+        plan = hopper_plan.Plan(key_dim, call.inputs[1].shape[3], heads)
+        flops = plan.system_flops
+    else:
+        flops = hopper_plan.Walk(key_dim).flops(call.inputs[3].shape[3])
+    return float(batch * (length // hopper_plan.CHUNK) * heads * flops)

@@ -5,10 +5,11 @@ from typing import Any
 import jax
 
 from effjax.kernels import choice
-from effjax.kernels.delta_rule import cost, problem, reference, tpu, xla
+from effjax.kernels.delta_rule import cost, hopper, problem, reference, tpu, xla
 from effjax.kernels.devices import refuse_short
 
-_IMPLEMENTATIONS = {'pallas_tpu': tpu, 'xla': xla, 'reference': reference}
+# What stands behind 'xla' runs by its name only: the Hopper kernels' speed is not measured yet.
+_IMPLEMENTATIONS = {'pallas_tpu': tpu, 'xla': xla, 'pallas_gpu': hopper, 'reference': reference}
 
 
 def delta_rule(
@@ -45,7 +46,8 @@ def delta_rule(
       segment_ids: int32 [B, T], the document of each token, 0 is padding. None: one document.
       return_state: also return the state of the row's last document after its last token.
       chunk: tokens of a chunk of 'xla'; changes speed and rounding only.
-      implementation: 'pallas_tpu', 'xla', 'reference', or None for the best that can run.
+      implementation: 'pallas_tpu', 'xla', 'pallas_gpu', 'reference', or None for the best of
+        'pallas_tpu' and 'xla' that can run.
 
     Returns:
       o [B, T, H, V] in the dtype of q, or (o, state [B, H, K, V]) with the state in float32.
@@ -58,13 +60,18 @@ def delta_rule(
     chosen = choice.pick(
         'delta_rule',
         implementation,
-        {'pallas_tpu': refused, 'xla': None, 'reference': None},
+        {
+            'pallas_tpu': refused,
+            'xla': None,
+            'pallas_gpu': hopper.refuse(q, k, v),
+            'reference': None,
+        },
         shape=(*q.shape, v.shape[-1]),
         dtype=q.dtype.name,
     )
     with jax.named_scope(f'delta_rule_{chosen}'):
         arrays = (q, k, v, beta, log_decay, scale, initial_state, segment_ids)
-        prepared = problem.prepare(*arrays, widen=chosen != 'pallas_tpu')
+        prepared = problem.prepare(*arrays, widen=chosen in ('xla', 'reference'))
         o, state = _IMPLEMENTATIONS[chosen].run(prepared, chunk)
         o = o.astype(q.dtype)
     return (o, state) if return_state else o

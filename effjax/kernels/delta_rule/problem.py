@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.kernels.documents import begins, check_segments
+from effjax.kernels.linear_recurrence.problem import first_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -13,7 +14,7 @@ from effjax.kernels.documents import begins, check_segments
 class Problem:
     """Inputs in float32 (float64 where they are), padding made harmless.
 
-    The TPU kernels take queries, keys and values in their own dtype and widen them as they go.
+    Pallas kernels take queries, keys and values in their own dtype and widen them as they go.
 
     Attributes:
       q: queries [B, T, H, K], scaled.
@@ -95,3 +96,13 @@ def prepare(q, k, v, beta, log_decay, scale, initial_state, segment_ids, *, wide
     if initial_state is None:
         initial_state = jnp.zeros((q.shape[0], *q.shape[2:], v.shape[3]), wide)
     return Problem(q, k, v, beta, log_decay, documents, initial_state.astype(wide))
+
+
+def with_documents(problem: Problem) -> jax.Array | None:
+    """Returns the log-decays [B, T, H], infinite where a document begins, or None."""
+    log_decay = problem.log_decay
+    if problem.documents is None:
+        return log_decay
+    if log_decay is None:
+        log_decay = jnp.zeros_like(problem.beta)
+    return jnp.where(first_tokens(problem.documents)[..., None], -jnp.inf, log_decay)

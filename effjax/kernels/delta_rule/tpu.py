@@ -19,10 +19,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from effjax.kernels.decays import Sum, running
-from effjax.kernels.delta_rule.problem import Problem
+from effjax.kernels.delta_rule.problem import Problem, with_documents
 from effjax.kernels.delta_rule.tpu_plan import LANES, Plan, plan_for
 from effjax.kernels.devices import refuse_tpu
-from effjax.kernels.linear_recurrence.problem import first_tokens
 
 
 def refuse(q: Any, k: Any, v: Any) -> str | None:
@@ -58,23 +57,13 @@ def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
     plan = _plan(q, v)
     assert plan is not None
     length, (key_dim, value_dim) = q.shape[1], state.shape[2:]
-    log_decay = _with_documents(problem)
+    log_decay = with_documents(problem)
     sums = None if log_decay is None else running(_rows(plan, log_decay), axis=4)
     lanes = [(0, 0), (0, 0), (0, plan.key_dim - key_dim), (0, plan.value_dim - value_dim)]
     q_, k_, v_ = (_side_by_side(plan, x) for x in (q, problem.k, v))
     o, last = _rule(plan, q_, k_, v_, _rows(plan, problem.beta), sums, jnp.pad(state, lanes))
     o = o.reshape(*o.shape[:2], plan.heads, plan.value_dim)[:, :length, :, :value_dim]
     return o, last[:, :, :key_dim, :value_dim]
-
-
-def _with_documents(problem: Problem) -> jax.Array | None:
-    """The log-decays [B, T, H], infinite where a document begins."""
-    log_decay = problem.log_decay
-    if problem.documents is None:
-        return log_decay
-    if log_decay is None:
-        log_decay = jnp.zeros_like(problem.beta)
-    return jnp.where(first_tokens(problem.documents)[..., None], -jnp.inf, log_decay)
 
 
 def _side_by_side(plan: Plan, x: jax.Array) -> jax.Array:

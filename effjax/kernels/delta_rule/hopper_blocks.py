@@ -1,0 +1,62 @@
+"""What the Hopper kernels share: matrices in shared memory, their products, decays in a chunk."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+COARSE, FINE, SEEN, LEFT, BETA = range(5)  # the rows of `rows`
+
+
+def matrix(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    """Shared memory that products and copies can take."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    mosaic: Any = plgpu  # whose transforms count as abstract for type checkers
+    transforms = (mosaic.TilingTransform((8, columns)), mosaic.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """A number a row (axis 0) or a column (axis 1), over a whole matrix."""
+    return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def indices(size: int) -> list[jax.Array]:
+    """Row and column of each element of [C, C]."""
+    return [
+        plgpu.broadcasted_iota(jnp.int32, (size, size), axis, layout=plgpu.Layout.WGMMA)
+        for axis in (0, 1)
+    ]
+
+
+def product(shape: tuple[int, int], *pairs: tuple[Any, Any]) -> jax.Array:
+    """The sum of products of pairs of matrices in shared memory, float32."""
+
+    def multiply(accumulator):
+        for a, b in pairs:
+            plgpu.wgmma(accumulator, a, b)
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def between(rows: Any, size: int, *, reverse: bool = False) -> jax.Array:
+    """e^(G_i - G_j) [C, C], or e^(G_j - G_i), which may overflow where nobody may look.
+
+    Args:
+      rows: in shared memory, [ROWS, C].
+      size: C.
+      reverse: the second.
+    """
+    shape = size, size
+
+    def over(part: int) -> jax.Array:
+        i = along(plgpu.load(rows.at[part], layout=BY_ROW), shape, 0)
+        j = along(plgpu.load(rows.at[part], layout=BY_COLUMN), shape, 1)
+        return j - i if reverse else i - j
+
+    return jnp.exp(over(COARSE) + over(FINE))
