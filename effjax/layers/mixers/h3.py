@@ -136,9 +136,9 @@ class H3(Recurrent):
         """Both state spaces over a stretch of tokens; see `Recurrent.mix`."""
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         k = self.key(x_BTD)
+        shift: Any = None  # what it remembers
         if memory is None and not return_memory and self.taps >= LONG:
-            taps = self.policy.cast(self.shift.kernel[...])[::-1]
-            shifted, shift = self._long(k, taps, info), None
+            shifted = self._long(k, self.shift.kernel[...][::-1], info)
         else:
             before = None if memory is None else memory['shift']
             shifted, shift = self.shift(k, info.segment_ids, before)

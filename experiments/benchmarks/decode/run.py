@@ -46,7 +46,11 @@ class Decoding:
         self.room = context + steps * (WARM_UP + 1)  # every call begins where the context ends
         model_config = {**config['model'], 'max_len': self.room, 'vocab_size': 256}
         seq_len = min(piece, self.room)
-        self.built = models.build({**config, 'model': model_config, 'seq_len': seq_len})
+        # Reading is one layer in a loop, soon compiled; writing has all layers apart anyway.
+        execution = {**config['execution'], 'layers': 'scan'}
+        self.built = models.build(
+            {**config, 'model': model_config, 'seq_len': seq_len, 'execution': execution}
+        )
         self.arrays = init_params(self.built, jax.random.key(0))
         self.batch, self.steps = batch, steps
         self._pieces = [min(piece, context - start) for start in range(0, context, piece)]
@@ -102,20 +106,28 @@ class Decoding:
         self._write(*self._args).block_until_ready()
 
 
-def measure(
+Compiling = dict[str, tuple[Decoding, concurrent.futures.Future]]
+
+
+def prepare(
     config: Mapping[str, Any],
     mixers: Mapping[str, dict[str, Any]],
     context: int,
     args: argparse.Namespace,
-) -> list[dict[str, Any]]:
+    pool: concurrent.futures.Executor,
+) -> Compiling:
+    """Traces every mixer's model at one context, and leaves compiling it to a pool."""
+    out: Compiling = {}
+    for label, block in mixers.items():
+        changed = {**config, 'model': {**config['model'], 'mixer': block}}
+        made = Decoding(changed, context, args.batch, args.steps, args.piece)
+        out[label] = made, pool.submit(made.compile)
+    return out
+
+
+def measure(compiling: Compiling, context: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns a row for each mixer at one context."""
     open_, rows = {}, {}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiling = {}
-        for label, block in mixers.items():
-            changed = {**config, 'model': {**config['model'], 'mixer': block}}
-            made = Decoding(changed, context, args.batch, args.steps, args.piece)
-            compiling[label] = made, pool.submit(made.compile)
     for label, (made, done) in compiling.items():
         rows[label] = {'mixer': label, 'context': context, 'batch': args.batch}
         try:
@@ -178,8 +190,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = as_dict(load(args.config, args.override))
     mixers = parse_mixers(args.mixers, config['model']['mixer'])
     rows: list[dict[str, Any]] = []
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        ahead = {n: prepare(config, mixers, n, args, pool) for n in args.contexts}
+    # All are compiled: the compiler tries things out on the device, which would disturb a timing.
     for context in args.contexts:
-        rows += measure(config, mixers, context, args)
+        rows += measure(ahead.pop(context), context, args)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(rows, indent=1) + '\n')

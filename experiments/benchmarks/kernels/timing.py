@@ -46,22 +46,39 @@ def ceilings(calls: int, rounds: int, *, small: bool = False) -> tuple[float, fl
     return moved, flops
 
 
-def jax_times(
-    f: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], calls: int, rounds: int
-) -> tuple[jax.Array, tuple[jax.Array, ...], float, float]:
-    """Returns f's output and gradients, and its seconds forward and forward + backward.
+def lower(f: Callable[..., jax.Array], arrays: Any) -> tuple[Any, Any]:
+    """Traces f alone, and f with its gradients; returns both, ready to compile.
 
-    Gradients are those of `sum(f * w)` with a random w of the output's dtype.
+    Gradients are those of `sum(f * w)` with any w of the output's dtype, the first argument.
+
+    Args:
+      f: a function of arrays.
+      arrays: their shapes and dtypes.
     """
-    shape = jax.eval_shape(f, *arrays)
-    weight = jax.random.normal(jax.random.key(7), shape.shape).astype(shape.dtype)
+    out = jax.eval_shape(f, *arrays)
 
     def both(weight: jax.Array, *arrays: jax.Array) -> Any:
         o, pull = jax.vjp(f, *arrays)
         return o, pull(weight)
 
-    forward, backward = jax.jit(f), jax.jit(both)
-    o, grads = backward(weight, *arrays)
+    return jax.jit(f).lower(*arrays), jax.jit(both).lower(out, *arrays)
+
+
+def times(
+    forward: Any, both: Any, arrays: tuple[jax.Array, ...], calls: int, rounds: int
+) -> tuple[jax.Array, tuple[jax.Array, ...], float, float]:
+    """Returns output and gradients of a random w, and the seconds forward and forward + backward.
+
+    Args:
+      forward: f, compiled.
+      both: f with its gradients, compiled; see `lower`.
+      arrays: f's arguments.
+      calls: calls of a round.
+      rounds: rounds.
+    """
+    out = both.out_info[0]
+    weight = jax.random.normal(jax.random.key(7), out.shape).astype(out.dtype)
+    o, grads = both(weight, *arrays)
     first = median(lambda: forward(*arrays), jax.block_until_ready, calls, rounds)
-    whole = median(lambda: backward(weight, *arrays), jax.block_until_ready, calls, rounds)
+    whole = median(lambda: both(weight, *arrays), jax.block_until_ready, calls, rounds)
     return o, grads, first, whole
