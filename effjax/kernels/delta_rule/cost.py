@@ -74,9 +74,12 @@ def executed_flops(
 def kernel_flops(call: Any) -> float:
     """FLOPs of one call of a Hopper kernel, a `costs.products.KernelCall`."""
     batch, length, heads, key_dim = call.inputs[0].shape
+    values = {'delta_rule_system': 1, 'delta_rule_gradients': 2}.get(call.name, 3)
+    plan = hopper_plan.Plan(key_dim, call.inputs[values].shape[3], heads)
     if call.name == 'delta_rule_system':
-        plan = hopper_plan.Plan(key_dim, call.inputs[1].shape[3], heads)
         flops = plan.system_flops
+    elif call.name == 'delta_rule_gradients':
+        flops = plan.gradient_flops
     else:
-        flops = hopper_plan.Walk(key_dim).flops(call.inputs[3].shape[3])
-    return float(batch * (length // hopper_plan.CHUNK) * heads * flops)
+        flops = plan.walk().flops(plan.value_dim)
+    return float(batch * (length // plan.size) * heads * flops)

@@ -3,8 +3,8 @@
 Forward, two kernels. `hopper_system` takes all chunks at once, inverts each one's system and
 multiplies keys and values by it; `hopper_walk` then goes from chunk to chunk with the state in
 registers and forms what the tokens write, the outputs and the states. Backward, the same walk runs
-from the end with the gradient of the state; what then is left has no order any more and is large
-batched products, which XLA does (`hopper_local`).
+from the end with the gradient of the state; what is left then has no order any more, and
+`hopper_grads` forms it for all chunks at once.
 
 For the backward pass the inputs are kept, and under the name 'delta_rule_states' what the tokens
 wrote, the inverses, the keys they multiplied and the states before each chunk, in bfloat16.
@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from effjax.kernels.decays import Sum, graded
-from effjax.kernels.delta_rule import hopper_local
 from effjax.kernels.delta_rule.hopper_plan import CHUNK, KEYS, VALUES, Plan, plan_for
 from effjax.kernels.delta_rule.problem import Problem, with_documents
 from effjax.kernels.devices import refuse_hopper
@@ -128,22 +127,22 @@ def _walk(plan, q, k, v, rows, state, *, save):
 def _rule_forward(plan, q, k, v, beta, sums, state):
     walked, solved = _walk(plan, q, k, v, _each(beta, sums), state, save=True)
     o = checkpoint_name(walked.o, 'delta_rule_out')
-    kept = (solved.inverse, solved.reads, walked.new, walked.states, walked.last)
+    kept = solved.inverse, solved.reads, walked.new, walked.states
     kept = checkpoint_name(kept, 'delta_rule_states')
     return (o, walked.last), (q, k, v, beta, sums, *kept)
 
 
 def _rule_backward(plan, saved, gradients):
-    from effjax.kernels.delta_rule import hopper_walk
+    from effjax.kernels.delta_rule import hopper_grads, hopper_walk
 
-    q, k, v, beta, sums, inverse, reads, new, states, last = saved
+    q, k, v, beta, sums, inverse, reads, new, states = saved
     do, dlast = gradients
     rows = _each(beta, sums)
     back = hopper_walk.run(plan.walk(reverse=True, save=True), q, k, reads, do, rows, dlast)
-    known = hopper_local.Known(q, k, v, rows, inverse, new, states, last, do, back.new, back.states)
-    dq, dk, dv, dbeta, dfine = hopper_local.gradients(plan, known)
-    dsums = None if sums is None else Sum(jnp.zeros_like(sums.coarse), dfine)
-    return dq, dk, dv, dbeta, dsums, back.last
+    known = hopper_grads.Known(q, k, v, do, new, back.new, states, back.states, inverse, rows)
+    grads = hopper_grads.gradients(plan, known)
+    dsums = None if sums is None else Sum(jnp.zeros_like(sums.coarse), grads.dsums)
+    return grads.dq, grads.dk, grads.dv, grads.dbeta, dsums, back.last
 
 
 _rule.defvjp(_rule_forward, _rule_backward)

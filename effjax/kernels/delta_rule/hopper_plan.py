@@ -6,6 +6,7 @@ Plain Python, as `cost` is.
 import dataclasses
 
 CHUNK = 64  # tokens of a chunk: the rows of one warpgroup's product
+TILE = 64  # columns of values, and of keys, that are worked on at once
 SHARED = 232448  # bytes of shared memory that a block of threads may have
 KEYS = 256  # widest keys whose state one warpgroup's registers hold beside a tile
 VALUES = 512  # widest values that lie in shared memory beside the keys while a system is solved
@@ -32,7 +33,7 @@ class Walk:
     save: bool = False
     stages: int = 2
     slots: int = 2
-    tile: int = 64
+    tile: int = TILE
     size: int = CHUNK
 
     @property
@@ -100,8 +101,15 @@ class Plan:
 
     @property
     def backward_flops(self) -> int:
-        """The same of the backward pass; products inside chunks are XLA's there."""
-        return self.heads * self.walk(reverse=True).flops(self.value_dim)
+        """The same of the backward pass."""
+        return self.heads * (self.walk(reverse=True).flops(self.value_dim) + self.gradient_flops)
+
+    @property
+    def gradient_flops(self) -> int:
+        """FLOPs of what one chunk of one head takes once the walks are done."""
+        again = self.key_dim // TILE * self.value_dim  # a product that each part of the keys redoes
+        inside = 3 * self.value_dim + again + 4 * self.key_dim
+        return 2 * self.size * (self.size * inside + 3 * self.key_dim * self.value_dim)
 
 
 def plan_for(heads: int, key_dim: int, value_dim: int) -> Plan | None:
