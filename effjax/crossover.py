@@ -6,7 +6,9 @@ dtypes, equally many tokens at every length. The same command goes on where it s
 """
 
 import argparse
+import concurrent.futures
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -49,11 +51,14 @@ def main(argv: Sequence[str]) -> int:
     out = pathlib.Path(args.out)
     wanted = conditions(config, mixers, tokens, args.steps)
     points = resume(out, wanted)
-    for length in lengths:
-        if length in {p.length for p in points}:
-            continue
+    missing = [n for n in lengths if n not in {p.length for p in points}]
+    if missing:
+        print(f'compiling {len(missing)} lengths of {len(mixers)} mixers', file=sys.stderr)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        ready = [crossover.prepare(config, mixers, n, tokens, pool) for n in missing]
+    for length, layers in zip(missing, ready, strict=True):
         print(f'{length:,} tokens x {max(1, tokens // length)} rows', file=sys.stderr, flush=True)
-        points += crossover.measure(config, mixers, length, tokens, steps=args.steps)
+        points += crossover.measure(layers, steps=args.steps)
         save(out, wanted, points)
     shown = [p for p in points if p.length in lengths]
     print(report(out, wanted, shown, against))
@@ -67,6 +72,7 @@ def conditions(
     import jax
 
     from effjax.study import crossover
+    from effjax.study.plan import code_version
 
     model = config['model']
     return {
@@ -74,6 +80,7 @@ def conditions(
         'device': jax.devices()[0].device_kind,
         'backend': jax.default_backend(),
         'jax': jax.__version__,
+        'code': code_version(),
         'width': model['width'],
         'dtype': crossover.dtype_name(config),
         'causal': model['kind'] == 'decoder',
@@ -88,7 +95,7 @@ def resume(out: pathlib.Path, wanted: Mapping[str, Any]) -> 'list[Point]':
     """Returns the points of an earlier, unfinished call.
 
     Raises:
-      DataError: the folder holds points of another device, version or set of mixers.
+      DataError: the folder holds points of another device, code or set of mixers.
     """
     from effjax.study.crossover import Point
 

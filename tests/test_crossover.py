@@ -1,5 +1,6 @@
 """`effjax.crossover`: what it measures, where it says a mixer wins, resuming, refusals."""
 
+import concurrent.futures
 import json
 
 import jax
@@ -92,6 +93,7 @@ def test_the_step_is_forward_and_all_gradients():
     layer = crossover.Layer('attention', OWN, config, 8, 2)
     layer.trace()
     layer.compile()
+    layer.place()
     y, (dparams, dx) = layer._both(*layer._args)
     params, buffers, x, dy = layer._args
     assert y.shape == dx.shape == (2, 8, 64)
@@ -106,13 +108,13 @@ def test_the_step_is_forward_and_all_gradients():
 def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert run(tmp_path, lengths='8') == 0
     measured = []
-    real = crossover.measure
+    real = crossover.prepare
 
-    def watch(config, mixers, length, tokens, **kw):
+    def watch(config, mixers, length, tokens, pool):
         measured.append(length)
-        return real(config, mixers, length, tokens, **kw)
+        return real(config, mixers, length, tokens, pool)
 
-    monkeypatch.setattr(crossover, 'measure', watch)
+    monkeypatch.setattr(crossover, 'prepare', watch)
     assert run(tmp_path, '--tokens=8', lengths='8,16') == 0
     assert measured == [16]
 
@@ -128,7 +130,9 @@ def test_what_does_not_fit_is_said(monkeypatch):
         real(self)
 
     monkeypatch.setattr(crossover.Layer, 'compile', compile_)
-    found = {p.mixer: p for p in crossover.measure(config, mixers, 8, 8, steps=3)}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ready = crossover.prepare(config, mixers, 8, 8, pool)
+    found = {p.mixer: p for p in crossover.measure(ready, steps=3)}
     assert found['shaped_attention'].seconds and found['attention'].seconds is None
     assert 'does not fit into the memory of' in found['attention'].error
     wanted = command.conditions(config, mixers, 8, 3)

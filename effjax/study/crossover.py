@@ -9,7 +9,6 @@ import ast
 import concurrent.futures
 import dataclasses
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -151,10 +150,14 @@ class Layer:
         self._args: tuple[Any, ...] = ()
 
     def trace(self) -> None:
-        """Places parameters and inputs, and traces both passes."""
-        params, buffers = jax.jit(lambda: nnx.split(self._make(), nnx.Param, Buffer)[1:])()
+        """Traces both passes, and what places parameters and inputs."""
         shape = (self.batch, self.length, self._width)
-        x, dy = (jax.random.normal(jax.random.key(i), shape, self._dtype) for i in (1, 2))
+
+        def place():
+            params, buffers = nnx.split(self._make(), nnx.Param, Buffer)[1:]
+            x, dy = (jax.random.normal(jax.random.key(i), shape, self._dtype) for i in (1, 2))
+            return params, buffers, x, dy
+
         info = SeqInfo.of(self.batch, self.length)
 
         def forward(params, buffers, x):
@@ -164,18 +167,23 @@ class Layer:
             y, pull = jax.vjp(lambda p, x: forward(p, buffers, x), params, x)
             return y, pull(dy.astype(y.dtype))
 
-        self._args = (params, buffers, x, dy)
+        args = jax.eval_shape(place)
         with recording() as ran:
             self._lowered = (
-                jax.jit(forward).lower(params, buffers, x),
-                jax.jit(both).lower(*self._args),
+                jax.jit(place).lower(),
+                jax.jit(forward).lower(*args[:3]),
+                jax.jit(both).lower(*args),
             )
         self.ran = ', '.join(f'{op}={name}' for op, name in ran.items())
 
     def compile(self) -> None:
-        """Compiles both passes; threads may do so for several layers at once."""
-        self._forward, self._both = (lowered.compile() for lowered in self._lowered)
+        """Compiles all three; threads may do so for several layers at once."""
+        self._place, self._forward, self._both = (lowered.compile() for lowered in self._lowered)
         self.peak_bytes = _peak(self._both)
+
+    def place(self) -> None:
+        """Places parameters and inputs."""
+        self._args = self._place()
 
     def step(self) -> None:
         """Runs forward and backward and waits."""
@@ -206,11 +214,39 @@ def context(config: Mapping[str, Any], length: int) -> Context:
     )
 
 
-def measure(
+Compiling = list[tuple[Layer, concurrent.futures.Future]]
+
+
+def prepare(
     config: Mapping[str, Any],
     mixers: Mapping[str, Block],
     length: int,
     tokens: int,
+    pool: concurrent.futures.Executor,
+) -> Compiling:
+    """Traces every mixer's layer at one length, and leaves compiling it to a pool.
+
+    Args:
+      config: the run's config, as plain dicts.
+      mixers: label -> block, from `parse_mixers`.
+      length: tokens in a row.
+      tokens: tokens a step; the batch is `tokens // length` rows, at least 1.
+      pool: threads.
+
+    Raises:
+      ConfigError: a mixer refuses the config or the length.
+    """
+    out: Compiling = []
+    with _on_one_device():
+        for label, block in mixers.items():
+            layer = Layer(label, block, config, length, max(1, tokens // length))
+            layer.trace()
+            out.append((layer, pool.submit(layer.compile)))
+    return out
+
+
+def measure(
+    compiling: Compiling,
     *,
     steps: int = 20,
     seconds: float = 5.0,
@@ -218,34 +254,23 @@ def measure(
 ) -> list[Point]:
     """Measures every mixer at one length.
 
+    Nothing should still be compiled beside it: the compiler tries things out on the device.
+
     Args:
-      config: the run's config, as plain dicts.
-      mixers: label -> block, from `parse_mixers`.
-      length: tokens in a row.
-      tokens: tokens a step; the batch is `tokens // length` rows, at least 1.
+      compiling: from `prepare`.
       steps: timed steps of each mixer, at most.
       seconds: of timing for each mixer, at most, after at least 3 steps.
       timer: seconds by a steady clock.
-
-    Raises:
-      ConfigError: a mixer refuses the config or the length.
     """
-    batch = max(1, tokens // length)
-    layers = [Layer(label, block, config, length, batch) for label, block in mixers.items()]
     failed: dict[str, str] = {}
-    mesh = parallel.make_mesh({'data': 1})
-    with parallel.mesh_context(mesh, parallel.make_rules({})):
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiling = {}
-            for layer in layers:
-                with _out_of_memory(layer.label, failed):
-                    layer.trace()
-                    compiling[layer] = pool.submit(layer.compile)
-        for layer, done in compiling.items():
+    with _on_one_device():
+        for layer, done in compiling:
             with _out_of_memory(layer.label, failed):
                 done.result()
+                layer.place()
                 for _ in range(WARM_UP):
                     layer.step()
+        layers = [layer for layer, _ in compiling]
         alive = [layer for layer in layers if layer.label not in failed]
         both = _turns(alive, Layer.step, steps, seconds, timer)
         forward = _turns(alive, Layer.forward, steps, seconds, timer)
@@ -389,6 +414,12 @@ def _peak(compiled: Any) -> int | None:
         + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes
     )
+
+
+@contextmanager
+def _on_one_device() -> Iterator[None]:
+    with parallel.mesh_context(parallel.make_mesh({'data': 1}), parallel.make_rules({})):
+        yield
 
 
 @contextmanager

@@ -51,7 +51,8 @@ class Decoding:
         self.built = models.build(
             {**config, 'model': model_config, 'seq_len': seq_len, 'execution': execution}
         )
-        self.arrays = init_params(self.built, jax.random.key(0))
+        self._starting = jax.jit(lambda: init_params(self.built, jax.random.key(0))).lower()
+        arrays = self._starting.out_info
         self.batch, self.steps = batch, steps
         self._pieces = [min(piece, context - start) for start in range(0, context, piece)]
         graphdef = self.built.graphdef
@@ -73,33 +74,33 @@ class Decoding:
         state = jax.eval_shape(self._start)
         tokens = {n: jax.ShapeDtypeStruct((batch, n), jnp.int32) for n in set(self._pieces)}
         self._reading = {
-            n: jax.jit(read, donate_argnums=2).lower(self.arrays, x, state)
-            for n, x in tokens.items()
+            n: jax.jit(read, donate_argnums=2).lower(arrays, x, state) for n, x in tokens.items()
         }
         token = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        self._writing = jax.jit(write).lower(self.arrays, token, state)
+        self._writing = jax.jit(write).lower(arrays, token, state)
 
     def compile(self) -> None:
         """Compiles what was traced; threads may do so for several models at once."""
         self._read = {n: lowered.compile() for n, lowered in self._reading.items()}
-        self._write = self._writing.compile()
+        self._write, self._init = self._writing.compile(), self._starting.compile()
 
     def read(self) -> None:
-        """Reads the context, holds the state to its cost, and writes once to warm up."""
-        state = jax.jit(self._start)()
+        """Makes parameters, reads the context, holds the state to its cost, writes to warm up."""
+        arrays, state = self._init(), jax.jit(self._start)()
         for i, size in enumerate(self._pieces):
             tokens = jax.random.randint(jax.random.key(i), (self.batch, size), 0, 256)
-            state = self._read[size](self.arrays, tokens, state)
+            state = self._read[size](arrays, tokens, state)
         self.state_bytes = nbytes(state)
         charged = total(self.built.model.cost(self.batch, self.room).values()).state_bytes
         if self.state_bytes > charged:
             raise AssertionError(f'the state has {self.state_bytes} bytes, charged are {charged}')
-        self._args = (self.arrays, jnp.zeros(self.batch, jnp.int32), state)
+        self._args = (arrays, jnp.zeros(self.batch, jnp.int32), state)
         for _ in range(WARM_UP):
             self.run()
 
     def _start(self) -> Any:
-        return merge(self.built.graphdef, self.arrays).init_state(self.batch, self.room)
+        arrays = self._starting.out_info  # no value of theirs is read
+        return merge(self.built.graphdef, arrays).init_state(self.batch, self.room)
 
     def run(self) -> None:
         """Writes `steps` tokens a row, from the end of the context, and waits."""

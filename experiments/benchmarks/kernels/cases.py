@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effjax.kernels import attention, diagonal_scan, linear_recurrence, selective_scan
+from effjax.kernels import MaskSpec, attention, diagonal_scan, linear_recurrence, selective_scan
+from effjax.kernels.attention import mask
 from effjax.kernels.attention.cost import attention_flops, pairs
 
 Arrays = tuple[jax.Array, ...]
@@ -124,22 +125,27 @@ def mamba(b: int, t: int, d: int, n: int) -> Case:
     )
 
 
-def softmax(b: int, t: int, h: int, d: int, *, window: int | None = None) -> Case:
-    """Causal attention in bfloat16, whole or over a window."""
+def softmax(b: int, t: int, h: int, d: int, *, window: int | None = None, first: int = 0) -> Case:
+    """Causal attention in bfloat16, whole or over a window, with `first` tokens that all see."""
+    spec = MaskSpec(True, window, global_tokens=first) if first else None
 
     def make(key: jax.Array) -> Arrays:
         return tuple(_normal(k, (b, t, h, d)) for k in jax.random.split(key, 3))
 
     def run(implementation: str | None, *arrays: jax.Array) -> jax.Array:
+        if spec is not None:
+            return attention(*arrays, mask=spec, implementation=implementation)
         return attention(*arrays, window=window, implementation=implementation)
 
-    flops = attention_flops(b, h, d, pairs(t, window=window))
+    scored = pairs(t, window=window) if spec is None else mask.pairs(spec, t)
+    flops = attention_flops(b, h, d, scored)
+    more = f' and {first} global tokens' if first else ''
     return Case(
-        'causal attention' if window is None else f'window {window}',
+        'causal attention' if window is None else f'window {window}{more}',
         f'{b},{t},{h},{d}',
         make,
         run,
-        ('pallas_gpu', 'cudnn'),
+        ('pallas_gpu', 'xla' if first else 'cudnn'),
         (flops, 2.5 * flops),
         {'window': window},
     )
@@ -164,6 +170,7 @@ CASES = (
     softmax(4, 8192, 16, 128),
     softmax(1, 32768, 16, 128),
     softmax(1, 32768, 16, 128, window=1024),
+    softmax(1, 32768, 16, 128, window=512, first=128),
 )
 SMALL = (
     recurrence('scalar', 1, 64, 2, 16, 16),

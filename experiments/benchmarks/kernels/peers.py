@@ -33,6 +33,7 @@ def _jla(case: Case, *arrays: jax.Array) -> jax.Array:
 
     if case.op == 'selective scan':
         u, dt, a, write, read = arrays
+        dt = dt.astype(u.dtype)  # it takes no other
         return linear_attention('mamba1', read, write, u, dt=dt, a=a, impl='mosaic_gpu')[0]
     q, k, v, *decay = arrays
     kind = 'gla' if case.op == 'vector decay' else 'simple_gla'
