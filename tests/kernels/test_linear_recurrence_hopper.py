@@ -23,6 +23,11 @@ CASES = {
     'filled_up': ((1, 70, 1, 1, 40, 72), 'scalar', True),
     'wide_keys': ((1, 70, 1, 1, 256, 64), 'scalar', False),
     'wide_values': ((1, 70, 1, 1, 64, 512), 'scalar', True),
+    'vector': ((1, 150, 2, 1, 64, 64), 'vector', True),
+    'vector_rows': ((2, 70, 2, 2, 64, 64), 'vector', False),
+    'vector_filled_up': ((1, 70, 1, 1, 72, 40), 'vector', True),
+    'vector_wide': ((1, 70, 1, 1, 128, 256), 'vector', False),
+    'vector_wide_keys': ((1, 130, 1, 1, 256, 64), 'vector', True),
 }
 
 
@@ -30,7 +35,8 @@ def inputs(name, seed=0, strength=0.1):
     """(a dict of arrays, segment ids or None)."""
     (batch, length, heads, groups, key_dim, value_dim), decay, documents = CASES[name]
     rng = np.random.default_rng(seed)
-    decays = {'head': (heads,), 'scalar': (batch, length, heads)}
+    tokens = batch, length, heads
+    decays = {'head': (heads,), 'scalar': tokens, 'vector': (*tokens, key_dim)}
     out = {
         'q': rng.normal(size=(batch, length, groups, key_dim)) / key_dim**0.5,
         'k': rng.normal(size=(batch, length, groups, key_dim)),
@@ -100,13 +106,14 @@ def through_shared_memory(monkeypatch):
     monkeypatch.setattr(hopper, 'STAGED', True)
 
 
-EVERY = [pytest.param(name, marks=[] if name == 'scalar' else [pytest.mark.ci]) for name in CASES]
+FAST = ('scalar', 'vector')
+EVERY = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.ci]) for name in CASES]
 
 
 @pytest.mark.parametrize('name', EVERY)
 def test_values_and_gradients_in_the_interpreter(name):
     arrays, ids = inputs(name)
-    got = run(arrays, ids, races=name in ('scalar', 'wide_keys'))
+    got = run(arrays, ids, races=name in (*FAST, 'wide_keys', 'vector_wide'))
     (o, last), grads = got
     assert o.dtype == grads['q'].dtype == grads['k'].dtype == grads['v'].dtype == jnp.bfloat16
     assert last.dtype == grads['initial_state'].dtype == jnp.float32
@@ -123,9 +130,10 @@ def test_values_and_gradients_in_the_interpreter(name):
 
 @pytest.mark.ci
 @pytest.mark.parametrize('strength', [0.0, -50.0, -np.inf])
-def test_extreme_decays_stay_finite_and_right(strength):
+@pytest.mark.parametrize('name', ['rows', 'vector_rows'])
+def test_extreme_decays_stay_finite_and_right(name, strength):
     """Every third token decays by so much, the others a little: those must stay exact."""
-    arrays, _ = inputs('rows', seed=4)
+    arrays, _ = inputs(name, seed=4)
     arrays['log_decay'][:, ::3] = strength
     got = run(arrays, None)
     finite = {**arrays, 'log_decay': np.maximum(arrays['log_decay'], -1e4)}
@@ -134,7 +142,7 @@ def test_extreme_decays_stay_finite_and_right(strength):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize('name', ['scalar', 'scalar_long', 'wide_values'])
+@pytest.mark.parametrize('name', ['scalar', 'scalar_long', 'wide_values', 'vector', 'vector_wide'])
 def test_small_integers_give_exact_gradients(name, monkeypatch):
     """Without rounding the flow through decays, a sum of differences, has no error at all."""
     arrays, ids = inputs(name, seed=6)
@@ -159,9 +167,10 @@ def test_small_integers_give_exact_gradients(name, monkeypatch):
 
 
 @pytest.mark.ci
-def test_documents_do_not_meet_and_padding_is_never_read():
+@pytest.mark.parametrize('name', FAST)
+def test_documents_do_not_meet_and_padding_is_never_read(name):
     """Other documents change nothing, to the bit; nor does what padding holds."""
-    arrays, ids = inputs('scalar', seed=5)
+    arrays, ids = inputs(name, seed=5)
     one = ids == ids[0, -1]
     other = dict(arrays)
     for n in ('q', 'k', 'v', 'log_decay'):
@@ -178,7 +187,7 @@ def test_documents_do_not_meet_and_padding_is_never_read():
     assert all(np.all(np.isfinite(np.float32(x))) for x in jax.tree.leaves((o_other, grads_other)))
 
 
-def shapes(batch, length, heads, groups, key_dim, value_dim, dtype='bfloat16'):
+def shapes(batch, length, heads, groups, key_dim, value_dim, dtype='bfloat16', vector=False):
     """Abstract arguments of a call with decays a token, documents and an initial state."""
     array = jax.ShapeDtypeStruct
     qk = array((batch, length, groups, key_dim), dtype)
@@ -186,7 +195,7 @@ def shapes(batch, length, heads, groups, key_dim, value_dim, dtype='bfloat16'):
         'q': qk,
         'k': qk,
         'v': array((batch, length, heads, value_dim), dtype),
-        'log_decay': array((batch, length, heads), jnp.float32),
+        'log_decay': array((batch, length, heads, key_dim)[: 3 + vector], jnp.float32),
         'initial_state': array((batch, heads, key_dim, value_dim), jnp.float32),
     }
     return arrays, array((batch, length), jnp.int32)
@@ -204,13 +213,17 @@ def shapes(batch, length, heads, groups, key_dim, value_dim, dtype='bfloat16'):
         ),
     ],
 )
-def test_lowers_for_cuda(dims, staged, monkeypatch):
+@pytest.mark.parametrize('vector', [False, True])
+def test_lowers_for_cuda(dims, vector, staged, monkeypatch):
     """This decides on layouts and sees whether shared memory is enough."""
     monkeypatch.setattr(hopper, 'STAGED', staged)
     f = jax.value_and_grad(lambda *a: loss(*a, 'pallas_gpu'), has_aux=True)
     with target('gpu'):
-        lowered = jax.jit(f).trace(*shapes(*dims)).lower(lowering_platforms=('cuda',))
-    assert lowered.as_text().count('custom_call @mosaic_gpu') == 4  # forward, dv, dq and dk
+        lowered = (
+            jax.jit(f).trace(*shapes(*dims, vector=vector)).lower(lowering_platforms=('cuda',))
+        )
+    # Forward, dv, dq and dk; or walks for o and dv, before each their weights, then all gradients.
+    assert lowered.as_text().count('custom_call @mosaic_gpu') == (5 if vector else 4)
 
 
 @pytest.mark.ci
@@ -241,13 +254,15 @@ def test_decays_that_nothing_trains_cost_nothing(name, monkeypatch):
     assert [walk.like for walk in walks[4:]] == [False, False, True, True]
 
 
+@pytest.mark.parametrize('vector', [False, pytest.param(True, marks=pytest.mark.ci)])
 @pytest.mark.parametrize('remat', [False, True])
-def test_lowers_under_vmap_and_remat(remat):
+def test_lowers_under_vmap_and_remat(remat, vector):
     """As studies run it, a lane a seed."""
-    arrays, _ = shapes(2, 128, 2, 2, 64, 64)
+    arrays, _ = shapes(2, 128, 2, 2, 64, 64, vector=vector)
 
     def f(arrays):
-        run = lambda a: jnp.sum(linear_recurrence(**a).astype(jnp.float32))  # noqa: E731
+        named = functools.partial(linear_recurrence, implementation='pallas_gpu')
+        run = lambda a: jnp.sum(named(**a).astype(jnp.float32))  # noqa: E731
         return (jax.checkpoint(run) if remat else run)(arrays)
 
     lanes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), arrays)
@@ -261,7 +276,7 @@ def test_lowers_under_vmap_and_remat(remat):
 @pytest.mark.parametrize('key_dim', range(64, 257, 64))
 @pytest.mark.parametrize('value_dim', [64, 128, 512])
 def test_plans_fit(key_dim, value_dim):
-    for decay in ('none', 'scalar'):
+    for decay in ('none', 'scalar', 'vector'):
         plan = hopper_plan.plan_for(4, 2, key_dim, value_dim, decay=decay)
         walks = [f(save=save) for f in (plan.forward, plan.values) for save in (False, True)]
         for reverse in (False, True):
@@ -274,27 +289,29 @@ def test_plans_fit(key_dim, value_dim):
 
 
 @pytest.mark.parametrize('dims', [(2, 300, 4, 2, 64, 64), (1, 40, 6, 1, 128, 200)])
-def test_costs_against_the_walk(dims):
-    arrays, _ = shapes(*dims)
+@pytest.mark.parametrize('decay', ['scalar', 'vector'])
+def test_costs_against_the_walk(dims, decay):
+    arrays, _ = shapes(*dims, vector=decay == 'vector')
     batch, length, heads, groups, key_dim, value_dim = dims
     f = functools.partial(linear_recurrence, implementation='pallas_gpu')
     with target('gpu'):
         walked = walk(lambda a: f(**a), arrays, strict=True)
         both = walk(jax.grad(lambda a: jnp.sum(f(**a).astype(jnp.float32))), arrays, strict=True)
     expected = cost.executed_flops(
-        'pallas_gpu', batch, length, heads, key_dim, value_dim, decay='scalar', groups=groups
+        'pallas_gpu', batch, length, heads, key_dim, value_dim, decay=decay, groups=groups
     )
     assert walked.total == expected
-    plan = hopper_plan.plan_for(heads, groups, key_dim, value_dim, decay='scalar')
+    plan = hopper_plan.plan_for(heads, groups, key_dim, value_dim, decay=decay)
     chunks = batch * -(-length // hopper_plan.CHUNK)
     assert both.kind('kernel') == chunks * (plan.forward_flops + plan.backward_flops)
 
 
 def test_what_cannot_run_is_said():
-    def refusal(**kw):
+    def refusal(implementation=None, **kw):
         arrays, _ = shapes(1, 64, 2, 2, 64, 64)
+        f = functools.partial(linear_recurrence, implementation=implementation)
         with target('gpu'):
-            jax.eval_shape(lambda a: linear_recurrence(**a), {**arrays, **kw})
+            jax.eval_shape(lambda a: f(**a), {**arrays, **kw})
         chosen = last_choice('linear_recurrence')
         why = chosen['refused'].get('pallas_gpu')
         assert chosen['implementation'] == ('xla' if why else 'pallas_gpu')
@@ -307,7 +324,8 @@ def test_what_cannot_run_is_said():
     wide = {n: like(1, 64, 2, 64, dtype=jnp.float32) for n in 'qkv'}
     assert refusal(**wide) == 'it takes bfloat16, not float32'
     vector = like(1, 64, 2, 64, dtype=jnp.float32)
-    assert refusal(log_decay=vector) == 'it has no decays of single key dimensions yet'
+    assert 'runs by its name only' in refusal(log_decay=vector)
+    assert refusal('pallas_gpu', log_decay=vector) is None
     bonus = like(2, 64, dtype=jnp.float32)
     assert refusal(bonus=bonus) == 'it has no bonus yet'
     large = {n: like(1, 64, 2, 320) for n in 'qk'}

@@ -86,7 +86,8 @@ def executed_flops(
         chunks = batch * -(-length // plan.size)
         sums = {'none': 0.0, 'vector': 2.0 * key_dim}.get(decay, 2.0)  # by XLA, before the kernel
         if implementation == 'pallas_gpu':
-            sums *= 2 * plan.size  # as a product with a triangle
+            # As a product with a triangle, or where each dimension decays by itself in the kernels.
+            sums *= 0 if decay == 'vector' else 2 * plan.size
         return chunks * (plan.forward_flops + sums * plan.size * heads)
     state = key_dim * value_dim
     if implementation == 'reference':
@@ -112,8 +113,16 @@ def executed_flops(
 
 
 def kernel_flops(call: Any) -> float:
-    """FLOPs of one walk of the Hopper kernel, a `costs.products.KernelCall`."""
-    batch, length, _, key_dim = call.inputs[0].shape
-    _, heads, _, value_dim = call.outputs[1].shape  # the last state
-    chunks = batch * (length // hopper_plan.CHUNK)
-    return float(chunks * heads * hopper_plan.Walk(key_dim).flops(value_dim))
+    """FLOPs of one run of a Hopper kernel, a `costs.products.KernelCall`."""
+    if call.name.endswith(('_weights', '_gradients')):
+        shapes = [x.shape for x in call.inputs]
+        batch, length, heads, key_dim = shapes[2]  # of log-decays
+        value_dim = shapes[4][3] if call.name.endswith('_gradients') else 0
+        plan = hopper_plan.Plan(key_dim, value_dim, heads, heads, decays=True, vector=True)
+        each = plan.gradients_flops if value_dim else plan.weights_flops
+    else:
+        batch, length, _, key_dim = call.inputs[0].shape
+        _, heads, _, value_dim = call.outputs[1].shape  # the last state
+        given = call.name.endswith('_given')
+        each = hopper_plan.Walk(key_dim, given=given).flops(value_dim)
+    return float(batch * (length // hopper_plan.CHUNK) * heads * each)

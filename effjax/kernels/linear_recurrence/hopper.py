@@ -29,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from effjax.kernels.decays import Sum, graded
 from effjax.kernels.devices import refuse_hopper
+from effjax.kernels.linear_recurrence import hopper_vector
 from effjax.kernels.linear_recurrence.hopper_plan import CHUNK, SAVE, Plan, plan_for
 from effjax.kernels.linear_recurrence.problem import Problem, with_documents
 
@@ -47,8 +48,6 @@ def refuse(q: Any, v: Any, decay: str, bonus: bool) -> str | None:
     """
     if (why := refuse_hopper()) is not None:
         return why
-    if decay == 'vector':
-        return 'it has no decays of single key dimensions yet'
     if bonus:
         return 'it has no bonus yet'
     if q.dtype.name != 'bfloat16':
@@ -69,7 +68,8 @@ def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
     del chunk  # 'xla's; the kernel has its own
     q, k, v, state = problem.q, problem.k, problem.v, problem.state
     log_decay = with_documents(problem)
-    plan = _plan(q, v, 'none' if log_decay is None else 'scalar')
+    vector = problem.vector
+    plan = _plan(q, v, 'none' if log_decay is None else 'vector' if vector else 'scalar')
     assert plan is not None
     length, (key_dim, value_dim) = q.shape[1], state.shape[2:]
     more = -length % CHUNK
@@ -79,8 +79,10 @@ def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
         return jnp.pad(x, [(0, 0), (0, more), (0, 0), columns])
 
     if log_decay is not None:
-        log_decay = jnp.pad(log_decay, [(0, 0), (0, more), (0, 0)])
-    o, last = _recurrence(
+        log_decay = (
+            fill(log_decay, columns[0]) if vector else fill(log_decay[..., None], (0, 0))[..., 0]
+        )
+    o, last = (hopper_vector.recurrence if vector else _recurrence)(
         plan,
         fill(q, columns[0]),
         fill(k, columns[0]),

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from effjax.kernels.linear_recurrence.hopper_plan import Walk
 
-_ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 SEEN, LEFT = 2, 3  # rows of `sums`: decays from the chunk's begin, and to its end
 
 
@@ -35,6 +35,8 @@ class _Inputs(NamedTuple):
     v: Any
     sums: Any = None
     like: Any = None
+    weights: Any = None
+    kept: Any = None
 
 
 class _Shared(NamedTuple):
@@ -72,7 +74,7 @@ class _Outputs(NamedTuple):
     rows: Any = None
 
 
-def run(walk: Walk, q, k, v, sums, state, like=None) -> _Outputs:
+def run(walk: Walk, q, k, v, sums, state, like=None, weights=None, kept=None) -> _Outputs:
     """Runs the recurrence over whole chunks.
 
     Args:
@@ -83,11 +85,13 @@ def run(walk: Walk, q, k, v, sums, state, like=None) -> _Outputs:
         decays from the chunk's begin to each token and from there to its end; or None.
       state: float32 [B, H, K, V], before the first chunk, or behind the last.
       like: bfloat16 [B, N * C, G, V], or None.
+      weights: bfloat16 [B, H, N, C, C], of pairs, or None; a walk backwards takes the transposed.
+      kept: float32 [B, H, N, K], the share of the state's rows that each chunk keeps, or None.
 
     Returns:
       o [B, N * C, H, V], the last state, and where asked for: states at inner borders of groups of
-      chunks, bfloat16 [B, H, borders, K, V]; sums over columns of o * like in float32, one
-      for each tile, [tiles, B, H, N, C].
+      chunks, or with weights given those that each chunk reads, bfloat16 [B, H, borders, K, V];
+      sums over columns of o * like in float32, one for each tile, [tiles, B, H, N, C].
     """
     batch, length = q.shape[:2]
     heads, value_dim = state.shape[1], state.shape[3]
@@ -101,7 +105,7 @@ def run(walk: Walk, q, k, v, sums, state, like=None) -> _Outputs:
         else None,
         None if like is None else shape((tiles, batch, heads, chunks, walk.size), jnp.float32),
     )
-    inputs = _Inputs(q, k, v, sums, like)
+    inputs = _Inputs(q, k, v, sums, like, weights, kept)
     there = [i is not None for i in (*inputs, *out)]
     args = [x for x in inputs if x is not None]
     results = plgpu.kernel(
@@ -110,7 +114,7 @@ def run(walk: Walk, q, k, v, sums, state, like=None) -> _Outputs:
         scratch_types=[_scratch(walk, there)],
         grid=(tiles, heads, batch),
         grid_names=('tile', 'head', 'row'),
-        kernel_name='linear_recurrence_walk',
+        kernel_name='linear_recurrence_walk' + ('_given' if walk.given else ''),
         num_threads=walk.readers + 2,
         thread_name='role',
         # With layouts named here: finding them takes pallas minutes for this many arrays.
@@ -126,14 +130,16 @@ def _spread(there: list[bool], found: Any) -> list[Any]:
     return [next(found) if x else None for x in there]
 
 
+def matrix(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    """Shared memory for matrices that products read."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    mosaic: Any = plgpu  # whose transforms count as abstract for type checkers
+    transforms = (mosaic.TilingTransform((8, columns)), mosaic.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
 def _scratch(walk: Walk, there: list[bool]) -> Any:
     size, width, tile = walk.size, walk.key_dim, walk.tile
-
-    def matrix(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-        columns = 128 // jnp.dtype(dtype).itemsize
-        mosaic: Any = plgpu  # whose transforms count as abstract for type checkers
-        transforms = (mosaic.TilingTransform((8, columns)), mosaic.SwizzleTransform(128))
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
 
     def barriers(count: int, arrivals: int) -> Any:
         return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
@@ -146,13 +152,15 @@ def _scratch(walk: Walk, there: list[bool]) -> Any:
             matrix(walk.stages, size, tile),
             plgpu.SMEM((walk.stages, 4, size), jnp.float32) if decays else None,
             matrix(walk.stages, size, tile) if like else None,
+            matrix(walk.stages, size, size) if walk.given else None,
+            plgpu.SMEM((walk.stages, width), jnp.float32) if walk.given else None,
         ),
         states=matrix(walk.slots, width, tile),
         out=matrix(walk.readers, size, tile, dtype=walk.dtype),
         written=matrix(size, tile) if decays else None,
-        weights=matrix(walk.readers, size, size) if walk.staged else None,
+        weights=matrix(walk.readers, size, size) if walk.staged and not walk.given else None,
         rows=plgpu.SMEM((walk.readers, size), jnp.float32) if like else None,
-        full=barriers(walk.stages, sum(there[:5])),
+        full=barriers(walk.stages, sum(there[: len(_Inputs._fields)])),
         empty=barriers(walk.stages, 2),  # one reader, and who has the state
         stored=barriers(walk.slots, 1),
         read=barriers(walk.slots, 1),
@@ -182,9 +190,10 @@ class _Block(NamedTuple):
 
 def _body(walk: Walk, there: list[bool], *refs: Any) -> None:
     shared = refs[-1]
-    count = sum(there[:5])
-    inputs = _Inputs(*_spread(there[:5], refs[:count]))
-    out = _Outputs(*_spread(there[5:], refs[count + 1 : -1]))
+    fields = len(_Inputs._fields)
+    count = sum(there[:fields])
+    inputs = _Inputs(*_spread(there[:fields], refs[:count]))
+    out = _Outputs(*_spread(there[fields:], refs[count + 1 : -1]))
     block = _Block(walk, inputs, refs[count], out, shared, inputs.q.shape[1] // walk.size)
     role = lax.axis_index('role')
 
@@ -222,7 +231,7 @@ def _bring(block: _Block) -> None:
         for name, source in block.inputs._asdict().items():
             if source is None:
                 continue
-            if name == 'sums':
+            if name in ('sums', 'weights', 'kept'):
                 which = row if source.shape[0] > 1 else 0
                 of = lax.div(head, jnp.int32(heads // source.shape[1]))
                 source = source.at[which, of, chunk]
@@ -262,12 +271,15 @@ def _write(block: _Block) -> None:
             whole = rings.sums[stage, SEEN, walk.size - 1]
             values = plgpu.load(values, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
             kept = _decays(block, stage, SEEN if walk.reverse else LEFT)
-            shared.written[...] = (values * _along(kept, values.shape, 0)).astype(jnp.bfloat16)
+            shared.written[...] = (values * along(kept, values.shape, 0)).astype(jnp.bfloat16)
             plgpu.commit_smem()
             values = shared.written
         new = []
         for part, x in zip(parts, state, strict=True):
-            added = _product((walk.rows, walk.tile), rings.k.at[stage, :, part].T, values)
+            added = product((walk.rows, walk.tile), rings.k.at[stage, :, part].T, values)
+            if rings.kept is not None:
+                kept = plgpu.load(rings.kept.at[stage, part], layout=ROWS)
+                whole = along(kept, x.shape, 0)
             new.append((x if whole is None else x * whole) + added)
         plgpu.barrier_arrive(shared.empty.at[stage])
         return new
@@ -291,11 +303,17 @@ def _save(block: _Block, step: jax.Array, slot: jax.Array) -> None:
     group = block.walk.save
     border = block.at(step) + (1 if block.walk.reverse else 0)
 
-    @pl.when((lax.rem(border, jnp.int32(group)) == 0) & (border > 0) & (border < block.chunks))
-    def _():
-        which = lax.div(border, jnp.int32(group)) - 1
+    def copy(which: jax.Array) -> None:
         target = block.out.states.at[(*block.head(), which, slice(None), block.columns())]
         plgpu.copy_smem_to_gmem(block.shared.states.at[slot], target)
+
+    if block.walk.given:
+        copy(block.at(step))
+        return
+
+    @pl.when((lax.rem(border, jnp.int32(group)) == 0) & (border > 0) & (border < block.chunks))
+    def _():
+        copy(lax.div(border, jnp.int32(group)) - 1)
 
 
 def _read(block: _Block, reader: jax.Array) -> None:
@@ -307,16 +325,12 @@ def _read(block: _Block, reader: jax.Array) -> None:
         step = turn * walk.readers + reader
         stage, slot = (lax.rem(step, jnp.int32(n)) for n in (walk.stages, walk.slots))
         plgpu.barrier_wait(shared.full.at[stage])
-        scores = _product((walk.size, walk.size), rings.q.at[stage], rings.k.at[stage].T)
-        weights = _weights(block, stage, scores).astype(jnp.bfloat16)
+        weights = _weights(block, stage, reader)
         decays = like = None
         if rings.sums is not None:
             decays = _decays(block, stage, LEFT if walk.reverse else SEEN)
         if rings.like is not None:
             like = plgpu.load(rings.like.at[stage], layout=plgpu.Layout.WGMMA)
-        if walk.staged:
-            shared.weights.at[reader][...] = weights
-            weights = shared.weights.at[reader]
         # What was read above may be overwritten by copies after this.
         plgpu.commit_smem()
         plgpu.barrier_wait(shared.stored.at[slot])
@@ -330,7 +344,7 @@ def _read(block: _Block, reader: jax.Array) -> None:
         old, own = pl.run_scoped(both, accumulator, accumulator)
         plgpu.barrier_arrive(shared.read.at[slot])
         plgpu.barrier_arrive(shared.empty.at[stage])
-        o = (old if decays is None else old * _along(decays, tile, 0)) + own
+        o = (old if decays is None else old * along(decays, tile, 0)) + own
         rows = None if like is None else jnp.sum(o * like.astype(jnp.float32), axis=1)
         _put(block, reader, block.at(step), o, rows)
         return ()
@@ -356,7 +370,21 @@ def _put(block: _Block, reader: Any, chunk: jax.Array, o: jax.Array, rows: Any) 
         plgpu.copy_smem_to_gmem(shared.rows.at[reader], target)
 
 
-def _weights(block: _Block, stage: jax.Array, scores: jax.Array) -> jax.Array:
+def _weights(block: _Block, stage: jax.Array, reader: jax.Array) -> Any:
+    """The weights of a chunk's pairs, in registers or in shared memory."""
+    walk, shared, rings = block.walk, block.shared, block.shared.rings
+    if walk.given:
+        weights = rings.weights.at[stage]
+        return weights.T if walk.reverse else weights
+    scores = product((walk.size, walk.size), rings.q.at[stage], rings.k.at[stage].T)
+    weights = _decayed(block, stage, scores).astype(jnp.bfloat16)
+    if not walk.staged:
+        return weights
+    shared.weights.at[reader][...] = weights
+    return shared.weights.at[reader]
+
+
+def _decayed(block: _Block, stage: jax.Array, scores: jax.Array) -> jax.Array:
     """Scores times decays, 0 where a token may not look."""
     sums, shape = block.shared.rings.sums, scores.shape
     i, j = (
@@ -366,8 +394,8 @@ def _weights(block: _Block, stage: jax.Array, scores: jax.Array) -> jax.Array:
 
         def over(part: int) -> jax.Array:
             at = sums.at[stage, part]
-            rows, columns = plgpu.load(at, layout=_ROWS), plgpu.load(at, layout=_COLUMNS)
-            rows, columns = _along(rows, shape, 0), _along(columns, shape, 1)
+            rows, columns = plgpu.load(at, layout=ROWS), plgpu.load(at, layout=COLUMNS)
+            rows, columns = along(rows, shape, 0), along(columns, shape, 1)
             return columns - rows if block.walk.reverse else rows - columns
 
         # What overflows stands where the mask is False.
@@ -377,14 +405,15 @@ def _weights(block: _Block, stage: jax.Array, scores: jax.Array) -> jax.Array:
 
 def _decays(block: _Block, stage: jax.Array, which: int) -> jax.Array:
     """Decays of the tokens of a chunk, down the rows of a matrix."""
-    return plgpu.load(block.shared.rings.sums.at[stage, which], layout=_ROWS)
+    return plgpu.load(block.shared.rings.sums.at[stage, which], layout=ROWS)
 
 
-def _along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """A vector in all columns of a matrix, with axis 1 in all rows."""
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
-def _product(shape: tuple[int, int], a: Any, b: Any) -> jax.Array:
+def product(shape: tuple[int, int], a: Any, b: Any) -> jax.Array:
     """A product of matrices in shared memory, float32."""
 
     def multiply(accumulator):

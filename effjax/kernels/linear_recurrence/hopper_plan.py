@@ -8,6 +8,7 @@ import dataclasses
 CHUNK = 64  # tokens of a chunk: the rows of one warpgroup's product
 SHARED = 232448  # bytes of shared memory that a block of threads may have
 KEYS = 256  # widest state that one warpgroup's registers hold beside a tile
+PART = 64  # columns of keys that are decayed at once where each decays by itself
 SAVE = 2  # chunks between the states that are kept for the gradient of decays
 
 
@@ -21,12 +22,13 @@ class Walk:
       reverse: from the last chunk to the first.
       decays: something decays.
       like: the outputs' products with another array are summed up.
-      save: chunks between the states that are returned, 0 for none.
+      save: chunks between the states that are returned, 0 for none; 1 with `given`.
       dtype: of the outputs, 'bfloat16' or 'float32'.
       readers: warpgroups that form outputs, 1 or 2.
       stages: chunks whose inputs are in shared memory, a multiple of `readers`.
       slots: chunks whose states are there, likewise.
       staged: weights go through shared memory, not registers, into the second product.
+      given: weights of pairs and what is kept of the state are read, with decays of single keys.
       size: tokens of a chunk.
     """
 
@@ -41,6 +43,7 @@ class Walk:
     stages: int = 2
     slots: int = 2
     staged: bool = False
+    given: bool = False
     size: int = CHUNK
 
     @property
@@ -58,20 +61,24 @@ class Walk:
         """Shared memory of a block of threads, without barriers."""
         matrices = self.size * (2 * self.key_dim + (2 if self.like else 1) * self.tile)
         stage = 2 * matrices + (16 * self.size if self.decays else 0)
+        stage += (2 * self.size**2 + 4 * self.key_dim) if self.given else 0
         out = 4 if self.dtype == 'float32' else 2
-        reader = self.size * (self.tile * out + 4 * self.like + 2 * self.staged * self.size)
+        staged = self.staged and not self.given
+        reader = self.size * (self.tile * out + 4 * self.like + 2 * staged * self.size)
         written = 2 * self.size * self.tile if self.decays else 0
         states = 2 * self.slots * self.key_dim * self.tile
         return self.stages * stage + self.readers * reader + written + states
 
     def borders(self, chunks: int) -> int:
-        """States that are returned."""
+        """States that are returned: at inner borders, or with weights given every chunk's."""
+        if self.given:
+            return chunks if self.save else 0
         return (chunks - 1) // self.save if self.save else 0
 
     def flops(self, value_dim: int) -> int:
         """FLOPs of one chunk of one head."""
-        tiles = value_dim // self.tile
-        pairs = tiles * self.key_dim + value_dim
+        scores = 0 if self.given else value_dim // self.tile * self.key_dim
+        pairs = scores + value_dim
         return 2 * self.size * (self.size * pairs + 2 * self.key_dim * value_dim)
 
 
@@ -100,6 +107,7 @@ class Plan:
       heads: value heads H.
       groups: query and key heads G.
       decays: something decays.
+      vector: each dimension of keys by itself.
       staged, size: see `Walk`.
     """
 
@@ -108,8 +116,18 @@ class Plan:
     heads: int
     groups: int
     decays: bool
+    vector: bool = False
     staged: bool = False
     size: int = CHUNK
+
+    @property
+    def value_block(self) -> int:
+        """Columns of V that the gradients of a chunk take at once."""
+        return 64 if self.value_dim % 128 else 128
+
+    @property
+    def value_blocks(self) -> int:
+        return self.value_dim // self.value_block
 
     @property
     def parts(self) -> int:
@@ -121,11 +139,11 @@ class Plan:
 
         So in the other walks.
         """
-        return self._walk(self.key_dim, save=SAVE if save else 0)
+        return self._walk(self.key_dim, save=self._save(save))
 
     def values(self, *, save: bool = False) -> Walk:
         """The backward walk that gives the gradient of the values and of states."""
-        return self._walk(self.key_dim, reverse=True, save=SAVE if save else 0)
+        return self._walk(self.key_dim, reverse=True, save=self._save(save))
 
     def queries(self, *, reverse: bool, like: bool = False) -> Walk:
         """The walk that gives the gradient of queries, or `reverse` that of keys.
@@ -137,17 +155,45 @@ class Plan:
         width = self.value_dim // self.parts
         return self._walk(width, reverse=reverse, like=like, dtype=dtype)
 
+    def _save(self, save: bool) -> int:
+        return (1 if self.vector else SAVE) if save else 0
+
     def _walk(self, width: int, **facts) -> Walk:
+        if self.vector:
+            return fitted(Walk(width, given=True, **facts))
         return fitted(Walk(width, decays=self.decays, staged=self.staged, **facts))
+
+    @property
+    def levels(self) -> int:
+        """Halvings of a chunk down to single tokens."""
+        return self.size.bit_length() - 1
+
+    @property
+    def weights_flops(self) -> int:
+        """FLOPs of one chunk of one head before a walk with weights given."""
+        square = 2 * self.size**2 * self.key_dim
+        # Scores and sums of decays a level, and their ends and own scores.
+        return square * (2 * self.levels + 4)
+
+    @property
+    def gradients_flops(self) -> int:
+        """The same after both walks."""
+        square = 2 * self.size**2 * self.key_dim
+        values = 4 * self.size * self.value_dim * (self.size * self.key_dim // PART + self.key_dim)
+        return square * (2 * self.levels + 2 + 4) + values
 
     @property
     def forward_flops(self) -> int:
         """FLOPs of one chunk of a row, all heads."""
-        return self.heads * self.forward(save=False).flops(self.value_dim)
+        before = self.weights_flops if self.vector else 0
+        return self.heads * (self.forward(save=False).flops(self.value_dim) + before)
 
     @property
     def backward_flops(self) -> int:
         """The same of the backward pass."""
+        if self.vector:
+            around = self.weights_flops + self.gradients_flops
+            return self.heads * (self.values().flops(self.value_dim) + around)
         queries = self.parts * self.queries(reverse=False).flops(self.key_dim)
         return self.heads * (self.values().flops(self.value_dim) + 2 * queries)
 
@@ -161,4 +207,5 @@ def plan_for(
         return None
     unit = 64 * -(-value_dim // KEYS)
     value_dim = -(-value_dim // unit) * unit
-    return Plan(key_dim, value_dim, heads, groups, decay != 'none', staged)
+    decays, vector = decay != 'none', decay == 'vector'
+    return Plan(key_dim, value_dim, heads, groups, decays, vector, staged)
