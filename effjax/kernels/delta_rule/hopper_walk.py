@@ -208,9 +208,10 @@ def _body(walk: Walk, there: list[bool], *refs: Any) -> None:
     role = lax.axis_index('role')
 
     def work(which: int) -> None:
+        action: Any = 'decrease' if which == _COPIES else 'increase'
+
         @pl.when(role == which)
         def _():
-            action: Any = 'decrease' if which == _COPIES else 'increase'
             plgpu.set_max_registers(_REGISTERS[which], action=action)
             roles[which](block)
 
