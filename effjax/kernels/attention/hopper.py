@@ -21,10 +21,12 @@ from effjax.kernels.attention.hopper_blocks import Facts
 from effjax.kernels.attention.hopper_plan import Mask, lists, mask_of, visited
 from effjax.kernels.attention.problem import Extras, Problem
 from effjax.kernels.devices import refuse_hopper
+from effjax.kernels.sizes import tuned
 
 STAGED = False  # weights go through shared memory: pallas' interpreter has no other way
 DIMS = (64, 128)
-# Entries of a ring in shared memory and tokens of each, by kernel and head dimension.
+# Entries of a ring in shared memory and tokens of each, by kernel and head dimension, for devices
+# without a table.
 SIZES = {
     ('forward', 64): (4, 128),
     ('forward', 128): (2, 128),
@@ -61,19 +63,33 @@ def refuse(problem: Problem) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static about a call, over lengths that are filled up to whole blocks."""
+    """What is static about a call, over lengths that are filled up to whole blocks.
+
+    `sizes` are those of `sizes_for`, looked up once for both passes.
+    """
 
     mask: Mask
     scale: float
     soft_cap: float | None
     share: int
-    head_dim: int
+    sizes: tuple[tuple[str, int, int], ...]
 
     def facts(self, kernel: str, segments: bool) -> Facts:
-        stages, step = SIZES[kernel, self.head_dim]
+        stages, step = next(rest for name, *rest in self.sizes if name == kernel)
         return Facts(
             self.mask, self.scale, self.soft_cap, segments, self.share, STAGED, stages, step
         )
+
+
+def sizes_for(head_dim: int) -> tuple[tuple[str, int, int], ...]:
+    """Returns (kernel, stages, step) of each kernel."""
+    out = []
+    for kernel in ('forward', 'queries', 'keys'):
+        stages, step = SIZES[kernel, head_dim]
+        rule = {'stages': stages, 'step': step}
+        found = tuned(f'attention.{kernel}', f'head_dim={head_dim}', rule)
+        out.append((kernel, found['stages'], found['step']))
+    return tuple(out)
 
 
 def attend(
@@ -82,7 +98,7 @@ def attend(
     """Returns attention's output [B, T, H, D] in the dtype of q."""
     _, q_len, kv_len, heads, kv_heads, head_dim = problem.shape
     mask = mask_of(problem.mask, problem.window, problem.spec, q_len, kv_len)
-    call = Call(mask, problem.scale, problem.soft_cap, heads // kv_heads, head_dim)
+    call = Call(mask, problem.scale, problem.soft_cap, heads // kv_heads, sizes_for(head_dim))
     q_ids, kv_ids = extras.q_segments, extras.kv_segments
     if q_ids is not None and kv_ids is not None:
         q_ids, kv_ids = (_whole(x.astype(jnp.int32)) for x in (q_ids, kv_ids))

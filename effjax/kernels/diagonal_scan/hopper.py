@@ -7,7 +7,7 @@ import jax
 
 from effjax.kernels.devices import refuse_hopper
 from effjax.kernels.diagonal_scan import planes
-from effjax.kernels.diagonal_scan.plan import BLOCKS, FEWEST, LANES, plan_for
+from effjax.kernels.diagonal_scan.plan import FEWEST, LANES, plan_for
 
 
 def refuse(x: Any, wide: Any, *, by_name: bool) -> str | None:
@@ -35,5 +35,6 @@ def scan(
 ) -> tuple[jax.Array, jax.Array]:
     """(h [B, T, ...] in the dtype of x, last state) of what `planes.scan` takes."""
     del chunk  # 'xla's
-    plan = plan_for(x.shape[1], state[0].size, BLOCKS['pallas_gpu'])
+    most = planes.longest('pallas_gpu', decay)
+    plan = plan_for(x.shape[1], state[0].size, most)
     return planes.scan('hopper_kernels', plan, decay, x, state, reverse)

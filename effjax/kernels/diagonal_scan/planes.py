@@ -12,6 +12,7 @@ and c_t h_{t-1} the gradient of log a_t, 0 where a_t is. So h and the decays are
 ' is the complex conjugate, since gradients of planes are those of two real numbers.
 """
 
+import dataclasses
 import functools
 import importlib
 from typing import Any
@@ -20,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from effjax.kernels.diagonal_scan.plan import Plan
+from effjax.kernels.diagonal_scan.plan import BLOCKS, Plan
+from effjax.kernels.sizes import tuned
 
 Planes = tuple[jax.Array, ...]
 
@@ -33,6 +35,12 @@ def refuse(x: Any, wide: Any) -> str | None:
     if not x.size:
         return f'it takes no empty arrays, as {list(x.shape)}'
     return None
+
+
+def longest(implementation: str, decay: Any) -> Plan:
+    """Returns the longest blocks that an implementation cuts a call into."""
+    rule = dataclasses.asdict(BLOCKS[implementation])
+    return Plan(**tuned('diagonal_scan', f'decay={decay.dtype.name}', rule))
 
 
 def scan(

@@ -6,7 +6,7 @@ import jax
 
 from effjax.kernels.devices import refuse_tpu
 from effjax.kernels.diagonal_scan import planes
-from effjax.kernels.diagonal_scan.plan import BLOCKS, plan_for
+from effjax.kernels.diagonal_scan.plan import plan_for
 
 
 def refuse(x: Any, wide: Any) -> str | None:
@@ -24,5 +24,6 @@ def scan(
 ) -> tuple[jax.Array, jax.Array]:
     """(h [B, T, ...] in the dtype of x, last state) of what `planes.scan` takes."""
     del chunk  # 'xla's
-    plan = plan_for(x.shape[1], state[0].size, BLOCKS['pallas_tpu'])
+    most = planes.longest('pallas_tpu', decay)
+    plan = plan_for(x.shape[1], state[0].size, most)
     return planes.scan('tpu_kernels', plan, decay, x, state, reverse)

@@ -6,7 +6,8 @@ import jax
 
 from effjax.kernels.devices import refuse_hopper
 from effjax.kernels.selective_scan import fused
-from effjax.kernels.selective_scan.plan import STATES, hopper_plan
+from effjax.kernels.selective_scan.plan import ROWS_SHARED, STATES, hopper_plan
+from effjax.kernels.sizes import tuned
 
 
 def refuse(u: Any, dt: Any, states: int) -> str | None:
@@ -22,4 +23,6 @@ def refuse(u: Any, dt: Any, states: int) -> str | None:
 
 def run(u: jax.Array, dt: jax.Array, A: jax.Array, *rest: Any) -> tuple[jax.Array, jax.Array]:
     """(y [B, T, D] with the skip, the last state); arguments as of `fused.run` behind the plan."""
-    return fused.run('hopper_kernels', hopper_plan(u.shape[1], *A.shape), u, dt, A, *rest)
+    found = tuned('selective_scan', f'states={A.shape[1]}', {'rows': ROWS_SHARED})
+    plan = hopper_plan(u.shape[1], A.shape[0], A.shape[1], found['rows'])
+    return fused.run('hopper_kernels', plan, u, dt, A, *rest)

@@ -11,7 +11,7 @@ STATES = {'pallas_tpu': 128, 'pallas_gpu': 32}  # at most, of a channel
 CHUNK = 128  # tokens; the maps of a chunk fill the lanes
 _STATE = 8192  # elements of a block's states: with 128 tokens' of them 4 MiB of VMEM, 8 at the most
 
-_ROWS_SHARED = 128  # states that a warpgroup's backward pass keeps of each channel, twice 64 KiB
+ROWS_SHARED = 128  # states that a warpgroup's backward pass keeps of each channel, twice 64 KiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,11 @@ def tpu_plan(length: int, channels: int, states: int) -> Plan:
     return Plan(size, LANES * next(n for n in range(most, 0, -1) if not lanes % n), states)
 
 
-def hopper_plan(length: int, channels: int, states: int) -> Plan:
-    """The same for Hopper GPUs: 128 channels, and 8 or 4 tokens of 16 or 32 states."""
+def hopper_plan(length: int, channels: int, states: int, rows: int = ROWS_SHARED) -> Plan:
+    """The same for Hopper GPUs: 128 channels, and as many tokens as have `rows` states."""
     del length, channels
     states = -(-states // 16) * 16
-    return Plan(_ROWS_SHARED // states, LANES, states)
+    return Plan(rows // states, LANES, states)
 
 
 PLANS = {'pallas_tpu': tpu_plan, 'pallas_gpu': hopper_plan}
