@@ -28,6 +28,9 @@ CASES = {
     'vector_filled_up': ((1, 70, 1, 1, 72, 40), 'vector', True),
     'vector_wide': ((1, 70, 1, 1, 128, 256), 'vector', False),
     'vector_wide_keys': ((1, 130, 1, 1, 256, 64), 'vector', True),
+    'bonus': ((1, 150, 2, 1, 64, 64), 'vector', True),
+    'bonus_rows': ((2, 70, 2, 2, 64, 64), 'vector', False),
+    'bonus_filled_up': ((1, 150, 1, 1, 72, 40), 'vector', True),
 }
 
 
@@ -45,6 +48,8 @@ def inputs(name, seed=0, strength=0.1):
     out = {n: np.asarray(jnp.bfloat16(x)) for n, x in out.items()}
     if decay:
         out['log_decay'] = -rng.exponential(strength, size=decays[decay]).astype(np.float32)
+    if name.startswith('bonus'):
+        out['bonus'] = rng.normal(size=(heads, key_dim)).astype(np.float32)
     state = rng.normal(size=(batch, heads, key_dim, value_dim))
     out['initial_state'] = state.astype(np.float32)
     if not documents:
@@ -130,7 +135,7 @@ def test_values_and_gradients_in_the_interpreter(name):
 
 @pytest.mark.ci
 @pytest.mark.parametrize('strength', [0.0, -50.0, -np.inf])
-@pytest.mark.parametrize('name', ['rows', 'vector_rows'])
+@pytest.mark.parametrize('name', ['rows', 'vector_rows', 'bonus_rows'])
 def test_extreme_decays_stay_finite_and_right(name, strength):
     """Every third token decays by so much, the others a little: those must stay exact."""
     arrays, _ = inputs(name, seed=4)
@@ -142,7 +147,9 @@ def test_extreme_decays_stay_finite_and_right(name, strength):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize('name', ['scalar', 'scalar_long', 'wide_values', 'vector', 'vector_wide'])
+@pytest.mark.parametrize(
+    'name', ['scalar', 'scalar_long', 'wide_values', 'vector', 'vector_wide', 'bonus']
+)
 def test_small_integers_give_exact_gradients(name, monkeypatch):
     """Without rounding the flow through decays, a sum of differences, has no error at all."""
     arrays, ids = inputs(name, seed=6)
@@ -167,7 +174,7 @@ def test_small_integers_give_exact_gradients(name, monkeypatch):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize('name', FAST)
+@pytest.mark.parametrize('name', [*FAST, 'bonus', 'bonus_filled_up'])
 def test_documents_do_not_meet_and_padding_is_never_read(name):
     """Other documents change nothing, to the bit; nor does what padding holds."""
     arrays, ids = inputs(name, seed=5)
@@ -289,19 +296,20 @@ def test_plans_fit(key_dim, value_dim):
 
 
 @pytest.mark.parametrize('dims', [(2, 300, 4, 2, 64, 64), (1, 40, 6, 1, 128, 200)])
-@pytest.mark.parametrize('decay', ['scalar', 'vector'])
-def test_costs_against_the_walk(dims, decay):
+@pytest.mark.parametrize('decay, bonus', [('scalar', False), ('vector', False), ('vector', True)])
+def test_costs_against_the_walk(dims, decay, bonus):
     arrays, _ = shapes(*dims, vector=decay == 'vector')
     batch, length, heads, groups, key_dim, value_dim = dims
+    if bonus:
+        arrays['bonus'] = jax.ShapeDtypeStruct((heads, key_dim), jnp.float32)
     f = functools.partial(linear_recurrence, implementation='pallas_gpu')
     with target('gpu'):
         walked = walk(lambda a: f(**a), arrays, strict=True)
         both = walk(jax.grad(lambda a: jnp.sum(f(**a).astype(jnp.float32))), arrays, strict=True)
-    expected = cost.executed_flops(
-        'pallas_gpu', batch, length, heads, key_dim, value_dim, decay=decay, groups=groups
-    )
+    kind = {'decay': decay, 'bonus': bonus, 'groups': groups}
+    expected = cost.executed_flops('pallas_gpu', batch, length, heads, key_dim, value_dim, **kind)
     assert walked.total == expected
-    plan = hopper_plan.plan_for(heads, groups, key_dim, value_dim, decay=decay)
+    plan = hopper_plan.plan_for(heads, groups, key_dim, value_dim, decay=decay, strict=bonus)
     chunks = batch * -(-length // hopper_plan.CHUNK)
     assert both.kind('kernel') == chunks * (plan.forward_flops + plan.backward_flops)
 
@@ -327,7 +335,7 @@ def test_what_cannot_run_is_said():
     assert 'runs by its name only' in refusal(log_decay=vector)
     assert refusal('pallas_gpu', log_decay=vector) is None
     bonus = like(2, 64, dtype=jnp.float32)
-    assert refusal(bonus=bonus) == 'it has no bonus yet'
+    assert refusal(bonus=bonus) == 'it has a bonus only beside a decay of each key dimension'
     large = {n: like(1, 64, 2, 320) for n in 'qk'}
     state = like(1, 2, 320, 64, dtype=jnp.float32)
     assert refusal(**large, initial_state=state) == 'K = 320 is more than 256'

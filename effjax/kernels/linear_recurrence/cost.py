@@ -78,7 +78,7 @@ def executed_flops(
         if implementation == 'pallas_tpu':
             plan = tpu_plan.plan_for(length, *dims, decay=decay, strict=bonus, itemsize=2)
         else:
-            plan = hopper_plan.plan_for(*dims, decay=decay)
+            plan = hopper_plan.plan_for(*dims, decay=decay, strict=bonus)
         if plan is None:
             raise ValueError(
                 f'linear_recurrence: {implementation} has no plan for {(length, *dims)}.'
@@ -118,7 +118,8 @@ def kernel_flops(call: Any) -> float:
         shapes = [x.shape for x in call.inputs]
         batch, length, heads, key_dim = shapes[2]  # of log-decays
         value_dim = shapes[4][3] if call.name.endswith('_gradients') else 0
-        plan = hopper_plan.Plan(key_dim, value_dim, heads, heads, decays=True, vector=True)
+        facts = {'decays': True, 'vector': True, 'strict': '_strict' in call.name}
+        plan = hopper_plan.Plan(key_dim, value_dim, heads, heads, **facts)
         each = plan.gradients_flops if value_dim else plan.weights_flops
     else:
         batch, length, _, key_dim = call.inputs[0].shape

@@ -18,6 +18,8 @@ Decays that nothing trains, such as RetNet's, cost none of that.
 
 Running sums of log-decays are exact differences as on TPUs (`kernels.decays`), and a document
 begins with a decay to 0. Products are bfloat16 with float32 sums, as is what is read of a state.
+
+Where each key dimension decays by itself, `hopper_vector` stands for all of this.
 """
 
 import functools
@@ -48,28 +50,31 @@ def refuse(q: Any, v: Any, decay: str, bonus: bool) -> str | None:
     """
     if (why := refuse_hopper()) is not None:
         return why
-    if bonus:
-        return 'it has no bonus yet'
+    if bonus and decay != 'vector':
+        return 'it has a bonus only beside a decay of each key dimension'
     if q.dtype.name != 'bfloat16':
         return f'it takes bfloat16, not {q.dtype.name}'
     if not (q.size and v.size):
         return f'it takes no empty arrays, as {list(q.shape)} and {list(v.shape)}'
-    if _plan(q, v, decay) is None:
+    if _plan(q, v, decay=decay) is None:
         return f'K = {q.shape[3]} is more than 256'
     return None
 
 
-def _plan(q: Any, v: Any, decay: str) -> Plan | None:
-    return plan_for(v.shape[2], q.shape[2], q.shape[3], v.shape[3], decay=decay, staged=STAGED)
+def _plan(q: Any, v: Any, **facts: Any) -> Plan | None:
+    return plan_for(v.shape[2], q.shape[2], q.shape[3], v.shape[3], staged=STAGED, **facts)
 
 
 def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
     """Returns (o [B, T, H, V], the state after the last document's last token)."""
     del chunk  # 'xla's; the kernel has its own
     q, k, v, state = problem.q, problem.k, problem.v, problem.state
-    log_decay = with_documents(problem)
-    vector = problem.vector
-    plan = _plan(q, v, 'none' if log_decay is None else 'vector' if vector else 'scalar')
+    vector, bonus = problem.vector, problem.bonus
+    documents = problem.documents is not None
+    log_decay = with_documents(problem) if bonus is None else hopper_vector.marked(problem)
+    kind = 'none' if log_decay is None else 'vector' if vector else 'scalar'
+    strict = bonus is not None
+    plan = _plan(q, v, decay=kind, strict=strict, resets=strict and documents)
     assert plan is not None
     length, (key_dim, value_dim) = q.shape[1], state.shape[2:]
     more = -length % CHUNK
@@ -90,7 +95,10 @@ def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
         log_decay,
         jnp.pad(state, [(0, 0), (0, 0), *columns]),
     )
-    return o[:, :length, :, :value_dim], last[:, :, :key_dim, :value_dim]
+    o = o[:, :length, :, :value_dim]
+    if bonus is not None:
+        o = o + hopper_vector.own(problem)
+    return o, last[:, :, :key_dim, :value_dim]
 
 
 def _chunks(x: jax.Array) -> jax.Array:

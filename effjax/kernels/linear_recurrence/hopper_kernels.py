@@ -256,8 +256,9 @@ def _write(block: _Block) -> None:
         def _():
             plgpu.barrier_wait(shared.read.at[slot])
 
-        if block.out.states is not None:
-            plgpu.wait_smem_to_gmem(0)
+        if block.out.states is not None:  # with weights given one was copied out every step
+            others = walk.slots - 1 if walk.given else 0
+            plgpu.wait_smem_to_gmem(others, wait_read_only=True)
         for part, x in zip(parts, state, strict=True):
             shared.states.at[slot, part][...] = x.astype(jnp.bfloat16)
         plgpu.commit_smem()

@@ -108,6 +108,8 @@ class Plan:
       groups: query and key heads G.
       decays: something decays.
       vector: each dimension of keys by itself.
+      strict: a token reads only what lies before it, up to which its own decay does not reach.
+      resets: so that a document's first token has to be told to read nothing.
       staged, size: see `Walk`.
     """
 
@@ -117,6 +119,8 @@ class Plan:
     groups: int
     decays: bool
     vector: bool = False
+    strict: bool = False
+    resets: bool = False
     staged: bool = False
     size: int = CHUNK
 
@@ -172,8 +176,8 @@ class Plan:
     def weights_flops(self) -> int:
         """FLOPs of one chunk of one head before a walk with weights given."""
         square = 2 * self.size**2 * self.key_dim
-        # Scores and sums of decays a level, and their ends and own scores.
-        return square * (2 * self.levels + 4)
+        # Scores and sums of decays a level, and their ends, and what tokens have of themselves.
+        return square * (2 * self.levels + 3 + (not self.strict))
 
     @property
     def gradients_flops(self) -> int:
@@ -199,13 +203,13 @@ class Plan:
 
 
 def plan_for(
-    heads: int, groups: int, key_dim: int, value_dim: int, *, decay: str, staged: bool = False
+    heads: int, groups: int, key_dim: int, value_dim: int, *, decay: str, **facts: bool
 ) -> Plan | None:
-    """Returns how to cut up a call, or None where a state is too large."""
+    """Returns how to cut up a call, or None where a state is too large; facts are the plan's."""
     key_dim = -(-key_dim // 64) * 64
     if key_dim > KEYS:
         return None
     unit = 64 * -(-value_dim // KEYS)
     value_dim = -(-value_dim // unit) * unit
     decays, vector = decay != 'none', decay == 'vector'
-    return Plan(key_dim, value_dim, heads, groups, decays, vector, staged)
+    return Plan(key_dim, value_dim, heads, groups, decays, vector, **facts)
