@@ -107,8 +107,9 @@ def errors(got, expected):
 
 @pytest.fixture(autouse=True)
 def through_shared_memory(monkeypatch):
-    """The interpreter has no products of registers."""
+    """The interpreter has no products of registers. What is not right on a GPU is tested too."""
     monkeypatch.setattr(hopper, 'STAGED', True)
+    monkeypatch.setattr(hopper, 'VECTOR', True)
 
 
 FAST = ('scalar', 'vector')
@@ -314,7 +315,7 @@ def test_costs_against_the_walk(dims, decay, bonus):
     assert both.kind('kernel') == chunks * (plan.forward_flops + plan.backward_flops)
 
 
-def test_what_cannot_run_is_said():
+def test_what_cannot_run_is_said(monkeypatch):
     def refusal(implementation=None, **kw):
         arrays, _ = shapes(1, 64, 2, 2, 64, 64)
         f = functools.partial(linear_recurrence, implementation=implementation)
@@ -332,8 +333,12 @@ def test_what_cannot_run_is_said():
     wide = {n: like(1, 64, 2, 64, dtype=jnp.float32) for n in 'qkv'}
     assert refusal(**wide) == 'it takes bfloat16, not float32'
     vector = like(1, 64, 2, 64, dtype=jnp.float32)
-    assert 'runs by its name only' in refusal(log_decay=vector)
-    assert refusal('pallas_gpu', log_decay=vector) is None
+    assert refusal(log_decay=vector) is None
+    monkeypatch.setattr(hopper, 'VECTOR', False)
+    why = 'its gradient of a decay of each key dimension is not right on a GPU yet'
+    assert refusal(log_decay=vector) == why
+    with pytest.raises(ValueError, match=f'cannot run as .pallas_gpu.: {why}'):
+        refusal('pallas_gpu', log_decay=vector)
     bonus = like(2, 64, dtype=jnp.float32)
     assert refusal(bonus=bonus) == 'it has a bonus only beside a decay of each key dimension'
     large = {n: like(1, 64, 2, 320) for n in 'qk'}

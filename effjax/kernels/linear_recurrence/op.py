@@ -67,10 +67,6 @@ def linear_recurrence(
     refused = {
         n: kernel.refuse(q, v, kind, bonus is not None) or short for n, kernel in _KERNELS.items()
     }
-    if implementation is None and kind == 'vector':
-        refused['pallas_gpu'] = refused['pallas_gpu'] or (
-            'with a decay for each key dimension it runs by its name only until it is measured'
-        )
     chosen = choice.pick(
         'linear_recurrence',
         implementation,
