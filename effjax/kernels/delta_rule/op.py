@@ -8,7 +8,8 @@ from effjax.kernels import choice
 from effjax.kernels.delta_rule import cost, hopper, problem, reference, tpu, xla
 from effjax.kernels.devices import refuse_short
 
-# What stands behind 'xla' runs by its name only: the Hopper kernels' speed is not measured yet.
+# What stands behind 'xla' runs by its name only: the Hopper kernels are right on an H200, and their
+# speed is not measured yet.
 _IMPLEMENTATIONS = {'pallas_tpu': tpu, 'xla': xla, 'pallas_gpu': hopper, 'reference': reference}
 
 
