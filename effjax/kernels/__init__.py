@@ -18,6 +18,7 @@ from effjax.kernels.delta_rule import delta_rule
 from effjax.kernels.diagonal_scan import diagonal_scan
 from effjax.kernels.dplr import dplr
 from effjax.kernels.fft_conv import fft_conv
+from effjax.kernels.grouped_product import grouped_product
 from effjax.kernels.labelled_attention import Others, labelled_attention
 from effjax.kernels.linear_recurrence import linear_recurrence
 from effjax.kernels.lsh_attention import lsh_attention, lsh_buckets
@@ -34,6 +35,7 @@ __all__ = [
     'diagonal_scan',
     'dplr',
     'fft_conv',
+    'grouped_product',
     'labelled_attention',
     'last_choice',
     'linear_cross_entropy',

@@ -1,0 +1,143 @@
+"""The grouped product: against numpy, group by group, values and gradients, of any sizes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.costs import walk
+from effjax.kernels import grouped_product, last_choice, target
+from effjax.kernels.grouped_product import cost
+
+K, N = 5, 3
+SIZES = {  # of groups, and rows
+    'some': ([7, 0, 20, 1, 5], 33),
+    'rows behind': ([3, 17, 0], 40),
+    'one group': ([19], 19),
+    'all in one': ([0, 0, 50, 0], 50),
+    'none': ([0, 0], 9),
+    'whole blocks': ([16, 32, 16], 64),
+}
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def inputs(sizes, rows, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, K)).astype(np.float32)
+    w = rng.normal(size=(len(sizes), K, N)).astype(np.float32)
+    return x, w, np.asarray(sizes), rng.normal(size=(rows, N)).astype(np.float32)
+
+
+def truth(x, w, sizes, dy):
+    """(y, dx, dw) in float64, group by group."""
+    x, w, dy = (a.astype(np.float64) for a in (x, w, dy))
+    y, dx, dw = np.zeros(dy.shape), np.zeros(x.shape), np.zeros(w.shape)
+    ends = np.cumsum(sizes)
+    for e, (begin, end) in enumerate(zip(ends - sizes, ends, strict=True)):
+        here = slice(begin, end)
+        y[here], dx[here], dw[e] = x[here] @ w[e], dy[here] @ w[e].T, x[here].T @ dy[here]
+    return y, dx, dw
+
+
+def run(x, w, sizes, dy, implementation):
+    def f(x, w, sizes, dy):
+        product = functools.partial(grouped_product, implementation=implementation)
+        y, pull = jax.vjp(lambda x, w: product(x, w, sizes), x, w)
+        return y, *pull(dy)
+
+    return jit(f)(x, w, sizes, dy)
+
+
+@pytest.mark.parametrize('implementation', ['xla', 'reference'])
+@pytest.mark.parametrize('name', SIZES)
+def test_equals_numpy(name, implementation):
+    arrays = inputs(*SIZES[name])
+    # float32 sums of up to 50 products of order 1
+    for got, wide in zip(run(*arrays, implementation), truth(*arrays), strict=True):
+        np.testing.assert_allclose(got, wide, atol=2e-5, rtol=1e-5)
+
+
+def test_drawn_sizes_fill_blocks_of_several_lengths():
+    rng = np.random.default_rng(3)
+    for rows, groups in ((1100, 3), (300, 2), (130, 9), (1, 4)):
+        parts = rng.multinomial(rng.integers(0, rows + 1), rng.dirichlet(np.full(groups, 0.4)))
+        arrays = inputs(parts, rows, seed=rows)
+        for got, wide in zip(run(*arrays, 'xla'), truth(*arrays), strict=True):
+            np.testing.assert_allclose(got, wide, atol=1e-4, rtol=1e-5)
+    assert cost.blocks(1100, 3) == (32, 38) and cost.blocks(300, 2) == (16, 21)
+
+
+@pytest.mark.parametrize('implementation', ['xla', 'reference'])
+def test_rows_behind_the_groups_are_never_read(implementation):
+    x, w, sizes, dy = inputs(*SIZES['rows behind'])
+    clean = run(x, w, sizes, dy, implementation)
+    x, dy = x.copy(), dy.copy()
+    x[sizes.sum() :], dy[sizes.sum() :] = np.nan, np.inf
+    for a, b in zip(clean, run(x, w, sizes, dy, implementation), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.any(np.asarray(clean[0])[sizes.sum() :])
+
+
+def test_16_bits_and_lanes():
+    x, w, sizes, dy = inputs(*SIZES['some'])
+    half = [jnp.asarray(a, jnp.bfloat16) for a in (x, w, dy)]
+    y, dx, dw = run(half[0], half[1], sizes, half[2], 'xla')
+    assert {a.dtype.name for a in (y, dx, dw)} == {'bfloat16'}
+    wide = truth(*(np.asarray(a, np.float32) for a in half[:2]), sizes, np.float32(half[2]))
+    for got, expected in zip((y, dx, dw), wide, strict=True):  # one rounding, at the end
+        np.testing.assert_allclose(np.float32(got), expected, atol=1e-3, rtol=2**-8)
+    several = np.stack([sizes, sizes[::-1]])  # each lane its own sizes
+    lanes = jax.vmap(lambda s: grouped_product(x, w, s))(several)
+    for lane, own in zip(lanes, several, strict=True):
+        np.testing.assert_allclose(lane, truth(x, w, own, dy)[0], atol=2e-5, rtol=1e-5)
+
+
+def test_second_derivatives_of_the_rows_exist():
+    x, w, sizes, _ = inputs(*SIZES['some'])
+    f = lambda x: jnp.sum(jnp.sin(grouped_product(x, w, sizes)))  # noqa: E731
+    got = jax.jvp(jax.grad(f), (x,), (jnp.ones_like(x),))[1]
+    eager = lambda x: jnp.sum(jnp.sin(grouped_product(x, w, sizes, implementation='reference')))  # noqa: E731
+    np.testing.assert_allclose(
+        got, jax.jvp(jax.grad(eager), (x,), (jnp.ones_like(x),))[1], atol=1e-4
+    )
+
+
+@pytest.mark.parametrize('implementation', ['xla', 'reference'])
+def test_costs_equal_the_walk(implementation):
+    x, w, sizes, _ = inputs(*SIZES['some'])
+    f = functools.partial(grouped_product, implementation=implementation)
+    assert walk(f, x, w, sizes, strict=True).total == cost.executed_flops(
+        implementation, len(x), K, N, len(w)
+    )
+    assert cost.executed_flops('xla', len(x), K, N, 5, form='ragged') == 2 * len(x) * K * N
+    # With many rows little is filled up.
+    rows, groups = 65536, 64
+    share = cost.executed_flops('xla', rows, K, N, groups) / cost.model_flops(rows, K, N)
+    assert 1 < share <= 1.13
+
+
+def test_it_is_a_ragged_dot_on_tpus():
+    x, w, sizes, _ = inputs(*SIZES['some'])
+    with target('tpu'):
+        text = str(jax.make_jaxpr(lambda *a: grouped_product(*a))(x, w, sizes))
+        y = grouped_product(x, w, sizes)  # which the CPU expands
+    assert 'ragged_dot' in text and last_choice('grouped_product')['form'] == 'ragged'
+    np.testing.assert_allclose(y, truth(x, w, sizes, np.zeros((33, N)))[0], atol=2e-5, rtol=1e-5)
+
+
+def test_says_what_it_cannot_do():
+    x, w, sizes, _ = inputs(*SIZES['some'])
+    for args, message in (
+        ((x[0], w, sizes), r'takes rows \[M, K\] and matrices \[E, K, N\] of the same K, E >= 1'),
+        ((x[:, :2], w, sizes), r'not \[33, 2\] and \[5, 5, 3\]'),
+        ((x, w[:0], sizes), 'E >= 1'),
+        ((x, w, sizes[:2]), r'one for each of 5 groups, not int64 \[2\]'),
+        ((x, w, sizes.astype(np.float32)), 'sizes are integers'),
+        ((x, w.astype(jnp.bfloat16), sizes), 'rows are float32, matrices bfloat16; cast one'),
+    ):
+        with pytest.raises(ValueError, match=f'grouped_product.*{message}'):
+            grouped_product(*args)
+    with pytest.raises(ValueError, match='grouped_product'):
+        grouped_product(x, w, sizes, implementation='cudnn')
