@@ -134,6 +134,31 @@ def test_values_and_gradients_in_the_interpreter(name):
         assert not np.any(np.asarray(o)[ids == 0])
 
 
+CUT = {'scalar_long': 2, 'scalar': 4, 'rows': 2, 'head': 2, 'none': 2, 'none_documents': 4}
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=[] if n == 'scalar_long' else [pytest.mark.ci]) for n in CUT]
+)
+def test_rows_cut_into_stretches(name, monkeypatch):
+    """With documents, one decay for all rows, and a stretch that is nothing but fill."""
+    monkeypatch.setattr(hopper, 'stretches', lambda *_: CUT[name])
+    arrays, ids = inputs(name, seed=4)
+    if name == 'head':
+        arrays['log_decay'] /= 10
+    got = run(arrays, ids, races=name == 'scalar_long')
+    for what, error in errors(got, truth(arrays, ids)).items():
+        assert error < (0.02 if what == 'log_decay' else 0.008), what
+
+
+def test_few_blocks_of_threads_are_made_more():
+    count = hopper_plan.stretches
+    assert count(1, 32768, 16, 128) == 4  # 32 blocks of threads
+    assert count(4, 8192, 16, 128) == 1
+    assert count(1, 2048, 1, 64) == 2 and count(1, 1024, 1, 64) == 1  # too short to be cut
+    assert count(1, 65536, 1, 64) == 64 and count(1, 65536, 8, 512) == 2
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize('strength', [0.0, -50.0, -np.inf])
 @pytest.mark.parametrize('name', ['rows', 'vector_rows', 'bonus_rows'])
@@ -294,11 +319,17 @@ def test_plans_fit(key_dim, value_dim):
             # A reader waits on the same barriers again and again, as their phases demand.
             assert not found.stages % found.readers and not found.slots % found.readers
             assert sum(found.registers) + (found.readers - 1) * found.registers[0] <= 512
+        if decay != 'vector':
+            assert plan.states().shared_bytes <= hopper_plan.SHARED
 
 
 @pytest.mark.parametrize('dims', [(2, 300, 4, 2, 64, 64), (1, 40, 6, 1, 128, 200)])
-@pytest.mark.parametrize('decay, bonus', [('scalar', False), ('vector', False), ('vector', True)])
-def test_costs_against_the_walk(dims, decay, bonus):
+@pytest.mark.parametrize(
+    'decay, bonus, cut',
+    [('scalar', False, 1), ('scalar', False, 4), ('vector', False, 1), ('vector', True, 1)],
+)
+def test_costs_against_the_walk(dims, decay, bonus, cut, monkeypatch):
+    monkeypatch.setattr(hopper, 'stretches', lambda *_: cut)
     arrays, _ = shapes(*dims, vector=decay == 'vector')
     batch, length, heads, groups, key_dim, value_dim = dims
     if bonus:
@@ -307,11 +338,12 @@ def test_costs_against_the_walk(dims, decay, bonus):
     with target('gpu'):
         walked = walk(lambda a: f(**a), arrays, strict=True)
         both = walk(jax.grad(lambda a: jnp.sum(f(**a).astype(jnp.float32))), arrays, strict=True)
-    kind = {'decay': decay, 'bonus': bonus, 'groups': groups}
+    kind = {'decay': decay, 'bonus': bonus, 'groups': groups, 'stretches': cut}
     expected = cost.executed_flops('pallas_gpu', batch, length, heads, key_dim, value_dim, **kind)
     assert walked.total == expected
-    plan = hopper_plan.plan_for(heads, groups, key_dim, value_dim, decay=decay, strict=bonus)
-    chunks = batch * -(-length // hopper_plan.CHUNK)
+    facts = {'decay': decay, 'strict': bonus, 'stretches': cut}
+    plan = hopper_plan.plan_for(heads, groups, key_dim, value_dim, **facts)
+    chunks = batch * cut * -(-length // (cut * hopper_plan.CHUNK))
     assert both.kind('kernel') == chunks * (plan.forward_flops + plan.backward_flops)
 
 

@@ -54,6 +54,7 @@ def executed_flops(
     bonus: bool = False,
     groups: int | None = None,
     chunk: int = CHUNK,
+    stretches: int = 1,
 ) -> float:
     """FLOPs of the forward pass that an implementation really executes, as the walk counts them.
 
@@ -71,6 +72,7 @@ def executed_flops(
       bonus: whether there is one.
       groups: query and key heads; None means H. Vector decays and bonuses repeat them.
       chunk: tokens of a chunk of 'xla'; kernels have their own, here those for bfloat16.
+      stretches: that 'pallas_gpu' cuts a row into.
     """
     if implementation in ('pallas_tpu', 'pallas_gpu'):
         dims = (heads, groups or heads, key_dim, value_dim)
@@ -78,17 +80,20 @@ def executed_flops(
         if implementation == 'pallas_tpu':
             plan = tpu_plan.plan_for(length, *dims, decay=decay, strict=bonus, itemsize=2)
         else:
-            plan = hopper_plan.plan_for(*dims, decay=decay, strict=bonus)
+            plan = hopper_plan.plan_for(*dims, decay=decay, strict=bonus, stretches=stretches)
         if plan is None:
             raise ValueError(
                 f'linear_recurrence: {implementation} has no plan for {(length, *dims)}.'
             )
-        chunks = batch * -(-length // plan.size)
+        chunks = batch * stretches * -(-length // (stretches * plan.size))
         sums = {'none': 0.0, 'vector': 2.0 * key_dim}.get(decay, 2.0)  # by XLA, before the kernel
         if implementation == 'pallas_gpu':
             # As a product with a triangle, or where each dimension decays by itself in the kernels.
             sums *= 0 if decay == 'vector' else 2 * plan.size
-        return chunks * (plan.forward_flops + sums * plan.size * heads)
+        flops = chunks * (plan.forward_flops + sums * plan.size * heads)
+        if stretches > 1:  # the recurrence of the states between them, by XLA
+            flops += 2.0 * batch * stretches * heads * plan.key_dim * plan.value_dim
+        return flops
     state = key_dim * value_dim
     if implementation == 'reference':
         return 4.0 * batch * length * heads * state
@@ -123,7 +128,9 @@ def kernel_flops(call: Any) -> float:
         each = plan.gradients_flops if value_dim else plan.weights_flops
     else:
         batch, length, _, key_dim = call.inputs[0].shape
-        _, heads, _, value_dim = call.outputs[1].shape  # the last state
+        states = call.name.endswith('_states')
+        _, heads, _, value_dim = call.outputs[0 if states else 1].shape  # the last state
         given = call.name.endswith('_given')
-        each = hopper_plan.Walk(key_dim, given=given).flops(value_dim)
+        walk = hopper_plan.Walk(key_dim, given=given, readers=0 if states else 2)
+        each = walk.flops(value_dim)
     return float(batch * (length // hopper_plan.CHUNK) * heads * each)

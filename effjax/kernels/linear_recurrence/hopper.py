@@ -16,6 +16,11 @@ to bfloat16 in each direction by itself. So both directions keep their states at
 
 Decays that nothing trains, such as RetNet's, cost none of that.
 
+Few rows and heads leave most of a GPU idle. Then a row is cut into stretches: a walk without
+outputs gives what each adds to a state of zeros, from which the states between them follow, and
+then all are walked as rows of their own. Backwards a walk over queries and gradients of outputs
+does the same for the gradients of states (`hopper_stretches`).
+
 Running sums of log-decays are exact differences as on TPUs (`kernels.decays`), and a document
 begins with a decay to 0. Products are bfloat16 with float32 sums, as is what is read of a state.
 
@@ -32,7 +37,8 @@ from jax.ad_checkpoint import checkpoint_name
 from effjax.kernels.decays import Sum, graded
 from effjax.kernels.devices import refuse_hopper
 from effjax.kernels.linear_recurrence import hopper_vector
-from effjax.kernels.linear_recurrence.hopper_plan import CHUNK, SAVE, Plan, plan_for
+from effjax.kernels.linear_recurrence.hopper_plan import CHUNK, SAVE, Plan, plan_for, stretches
+from effjax.kernels.linear_recurrence.hopper_stretches import at, cut, joined, states
 from effjax.kernels.linear_recurrence.problem import Problem, with_documents
 
 STAGED = False  # weights go through shared memory: pallas' interpreter has no other way
@@ -71,8 +77,14 @@ def _plan(q: Any, v: Any, **facts: Any) -> Plan | None:
     return plan_for(v.shape[2], q.shape[2], q.shape[3], v.shape[3], staged=STAGED, **facts)
 
 
-def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Returns (o [B, T, H, V], the state after the last document's last token)."""
+def run(problem: Problem, chunk: int, *, cut_rows: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Returns (o [B, T, H, V], the state after the last document's last token).
+
+    Args:
+      problem: the call.
+      chunk: of 'xla'.
+      cut_rows: where there are few rows and heads.
+    """
     del chunk  # 'xla's; the kernel has its own
     q, k, v, state = problem.q, problem.k, problem.v, problem.state
     vector, bonus = problem.vector, problem.bonus
@@ -80,10 +92,11 @@ def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
     log_decay = with_documents(problem) if bonus is None else hopper_vector.marked(problem)
     kind = 'none' if log_decay is None else 'vector' if vector else 'scalar'
     strict = bonus is not None
-    plan = _plan(q, v, decay=kind, strict=strict, resets=strict and documents)
+    number = stretches(*q.shape[:2], *v.shape[2:]) if cut_rows and not vector else 1
+    plan = _plan(q, v, decay=kind, strict=strict, resets=strict and documents, stretches=number)
     assert plan is not None
     length, (key_dim, value_dim) = q.shape[1], state.shape[2:]
-    more = -length % CHUNK
+    more = -length % (CHUNK * number)
     columns = (0, plan.key_dim - key_dim), (0, plan.value_dim - value_dim)
 
     def fill(x: jax.Array, columns: tuple[int, int]) -> jax.Array:
@@ -93,6 +106,8 @@ def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
         log_decay = (
             fill(log_decay, columns[0]) if vector else fill(log_decay[..., None], (0, 0))[..., 0]
         )
+        if number > 1:  # one for all rows would have to be cut for each of them
+            log_decay = jnp.broadcast_to(log_decay, (q.shape[0], *log_decay.shape[1:]))
     o, last = (hopper_vector.recurrence if vector else _recurrence)(
         plan,
         fill(q, columns[0]),
@@ -128,34 +143,41 @@ def _recurrence(
     plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: Any, state: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(o [B, N * C, H, V], last state [B, H, K, V]) of arrays in whole chunks."""
+    out = _walk(plan, plan.forward(), q, k, v, log_decay, state)[1]
+    return joined(plan, out.o), at(plan, out.last, -1)
+
+
+def _walk(plan, walk, q, k, v, log_decay, state):
+    """(the states before each stretch; what the walk over all stretches gives)."""
     from effjax.kernels.linear_recurrence import hopper_kernels  # Pallas takes long to import
 
-    walk = plan.forward()
-    out = hopper_kernels.run(walk, q, k, v, _sums(log_decay), state)
-    return out.o, out.last
+    q, k, v, log_decay = (cut(plan, x) for x in (q, k, v, log_decay))
+    sums = _sums(log_decay)
+    state = states(plan, k, v, sums, log_decay, state)
+    return state, hopper_kernels.run(walk, q, k, v, sums, state)
 
 
 def _recurrence_forward(plan, *inputs):
-    from effjax.kernels.linear_recurrence import hopper_kernels
-
     q, k, v, log_decay, state = (None if x is None else x.value for x in inputs)
     trained = log_decay is not None and inputs[3].perturbed
-    walk = plan.forward(save=trained)
-    out = hopper_kernels.run(walk, q, k, v, _sums(log_decay), state)
-    o = checkpoint_name(out.o, 'linear_recurrence_out')
-    states = out.states
-    if states is not None:
-        states = checkpoint_name(states, 'linear_recurrence_states')
-    # The last state is kept where decays have a gradient, and says in the backward pass that so.
-    return (o, out.last), (q, k, v, log_decay, state, states, out.last if trained else None)
+    state, out = _walk(plan, plan.forward(save=trained), q, k, v, log_decay, state)
+    o = checkpoint_name(joined(plan, out.o), 'linear_recurrence_out')
+    inner = out.states
+    if inner is not None:
+        inner = checkpoint_name(inner, 'linear_recurrence_states')
+    # Last states are kept where decays have a gradient, and say in the backward pass that so.
+    kept = q, k, v, log_decay, state, inner, out.last if trained else None
+    return (o, at(plan, out.last, -1)), kept
 
 
 def _recurrence_backward(plan, saved, gradients):
     from effjax.kernels.linear_recurrence import hopper_kernels
 
-    q, k, v, log_decay, state, states, last = saved
+    *rows, state, inner, last = saved
     do, dlast = (_array(x) for x in gradients)
+    q, k, v, log_decay, do = (cut(plan, x) for x in (*rows, do))
     trained, sums = last is not None, _sums(log_decay)
+    dlast = states(plan, q, do, sums, log_decay, dlast, reverse=True)
     back = hopper_kernels.run(plan.values(save=trained), k, q, do, sums, dlast)
 
     def parts(x):  # [B, T, H, V] -> [B, T, H * parts, V / parts]
@@ -176,16 +198,17 @@ def _recurrence_backward(plan, saved, gradients):
     if trained:
         flow = _of_heads(plan, of_q.rows) - _of_heads(plan, of_k.rows)
         known = jnp.sum(last * dlast, axis=(2, 3))[..., None]
-        if states is not None:
-            inner = jnp.einsum(
-                'bhnkv,bhnkv->bhn', states, back.states, preferred_element_type=jnp.float32
+        if inner is not None:
+            between = jnp.einsum(
+                'bhnkv,bhnkv->bhn', inner, back.states, preferred_element_type=jnp.float32
             )
-            known = jnp.concatenate([inner, known], axis=2)
+            known = jnp.concatenate([between, known], axis=2)
         ddecay = _flow_from_ends(flow, known)
         if log_decay.shape[0] == 1:
             ddecay = jnp.sum(ddecay, axis=0, keepdims=True)
-        ddecay = jnp.where(log_decay > _NOTHING, ddecay, 0.0)
-    return dq, dk, back.o, ddecay, back.last
+        ddecay = joined(plan, jnp.where(log_decay > _NOTHING, ddecay, 0.0))
+    dq, dk, dv = (joined(plan, x) for x in (dq, dk, back.o))
+    return dq, dk, dv, ddecay, at(plan, back.last, 0)
 
 
 def _array(x: Any) -> jax.Array:

@@ -79,7 +79,7 @@ def run(walk: Walk, q, k, v, sums, state, like=None, weights=None, kept=None) ->
 
     Args:
       walk: how, and what to return.
-      q, k: bfloat16 [B, N * C, G, K]; their G may differ.
+      q, k: bfloat16 [B, N * C, G, K]; their G may differ. No q where the walk has no readers.
       v: bfloat16 [B, N * C, G, V].
       sums: float32 [B or 1, H, N, 4, C], running sums of log-decays, coarse and fine, and the
         decays from the chunk's begin to each token and from there to its end; or None.
@@ -89,18 +89,19 @@ def run(walk: Walk, q, k, v, sums, state, like=None, weights=None, kept=None) ->
       kept: float32 [B, H, N, K], the share of the state's rows that each chunk keeps, or None.
 
     Returns:
-      o [B, N * C, H, V], the last state, and where asked for: states at inner borders of groups of
-      chunks, or with weights given those that each chunk reads, bfloat16 [B, H, borders, K, V];
-      sums over columns of o * like in float32, one for each tile, [tiles, B, H, N, C].
+      o [B, N * C, H, V], or None without readers; the last state; and where asked for: states at
+      inner borders of groups of chunks, or with weights given those that each chunk reads, bfloat16
+      [B, H, borders, K, V]; sums over columns of o * like in float32, one for each tile,
+      [tiles, B, H, N, C].
     """
-    batch, length = q.shape[:2]
+    batch, length = k.shape[:2]
     heads, value_dim = state.shape[1], state.shape[3]
     chunks, tiles = length // walk.size, value_dim // walk.tile
     shape = jax.ShapeDtypeStruct
     out = _Outputs(
-        shape((batch, length, heads, value_dim), walk.dtype),
+        shape((batch, length, heads, value_dim), walk.dtype) if walk.readers else None,
         shape(state.shape, state.dtype),
-        shape((batch, heads, walk.borders(chunks), *state.shape[2:]), q.dtype)
+        shape((batch, heads, walk.borders(chunks), *state.shape[2:]), k.dtype)
         if walk.borders(chunks)
         else None,
         None if like is None else shape((tiles, batch, heads, chunks, walk.size), jnp.float32),
@@ -114,7 +115,7 @@ def run(walk: Walk, q, k, v, sums, state, like=None, weights=None, kept=None) ->
         scratch_types=[_scratch(walk, there)],
         grid=(tiles, heads, batch),
         grid_names=('tile', 'head', 'row'),
-        kernel_name='linear_recurrence_walk' + ('_given' if walk.given else ''),
+        kernel_name=f'linear_recurrence_walk{_suffix(walk)}',
         num_threads=walk.readers + 2,
         thread_name='role',
         # With layouts named here: finding them takes pallas minutes for this many arrays.
@@ -123,6 +124,10 @@ def run(walk: Walk, q, k, v, sums, state, like=None, weights=None, kept=None) ->
         ),
     )(*args, state)
     return _Outputs(*_spread(there[len(inputs) :], results))
+
+
+def _suffix(walk: Walk) -> str:
+    return '_given' if walk.given else '' if walk.readers else '_states'
 
 
 def _spread(there: list[bool], found: Any) -> list[Any]:
@@ -147,7 +152,7 @@ def _scratch(walk: Walk, there: list[bool]) -> Any:
     decays, like = there[3], there[4]
     return _Shared(
         _Inputs(
-            matrix(walk.stages, size, width),
+            matrix(walk.stages, size, width) if walk.readers else None,
             matrix(walk.stages, size, width),
             matrix(walk.stages, size, tile),
             plgpu.SMEM((walk.stages, 4, size), jnp.float32) if decays else None,
@@ -155,15 +160,17 @@ def _scratch(walk: Walk, there: list[bool]) -> Any:
             matrix(walk.stages, size, size) if walk.given else None,
             plgpu.SMEM((walk.stages, width), jnp.float32) if walk.given else None,
         ),
-        states=matrix(walk.slots, width, tile),
-        out=matrix(walk.readers, size, tile, dtype=walk.dtype),
+        states=matrix(walk.slots, width, tile) if walk.readers else None,
+        out=matrix(walk.readers, size, tile, dtype=walk.dtype) if walk.readers else None,
         written=matrix(size, tile) if decays else None,
-        weights=matrix(walk.readers, size, size) if walk.staged and not walk.given else None,
+        weights=matrix(walk.readers, size, size)
+        if walk.readers and walk.staged and not walk.given
+        else None,
         rows=plgpu.SMEM((walk.readers, size), jnp.float32) if like else None,
         full=barriers(walk.stages, sum(there[: len(_Inputs._fields)])),
-        empty=barriers(walk.stages, 2),  # one reader, and who has the state
-        stored=barriers(walk.slots, 1),
-        read=barriers(walk.slots, 1),
+        empty=barriers(walk.stages, min(walk.readers, 1) + 1),  # a reader, and who has the state
+        stored=barriers(walk.slots, 1) if walk.readers else None,
+        read=barriers(walk.slots, 1) if walk.readers else None,
     )
 
 
@@ -194,13 +201,15 @@ def _body(walk: Walk, there: list[bool], *refs: Any) -> None:
     count = sum(there[:fields])
     inputs = _Inputs(*_spread(there[:fields], refs[:count]))
     out = _Outputs(*_spread(there[fields:], refs[count + 1 : -1]))
-    block = _Block(walk, inputs, refs[count], out, shared, inputs.q.shape[1] // walk.size)
+    block = _Block(walk, inputs, refs[count], out, shared, inputs.k.shape[1] // walk.size)
     role = lax.axis_index('role')
 
-    @pl.when(role < walk.readers)
-    def _():
+    def read() -> None:
         plgpu.set_max_registers(walk.registers[0], action='increase')
         _read(block, role)
+
+    if walk.readers:
+        pl.when(role < walk.readers)(read)
 
     @pl.when(role == walk.readers)
     def _():
@@ -249,9 +258,7 @@ def _write(block: _Block) -> None:
     row, head = block.head()
     parts = [pl.ds(i, walk.rows) for i in range(0, walk.key_dim, walk.rows)]
 
-    def step(step, state):
-        stage, slot = (lax.rem(step, jnp.int32(n)) for n in (walk.stages, walk.slots))
-
+    def publish(step, slot, state):
         @pl.when(step >= walk.slots)
         def _():
             plgpu.barrier_wait(shared.read.at[slot])
@@ -266,6 +273,10 @@ def _write(block: _Block) -> None:
         if block.out.states is not None:
             _save(block, step, slot)
 
+    def step(step, state):
+        stage, slot = (lax.rem(step, jnp.int32(n)) for n in (walk.stages, walk.slots))
+        if walk.readers:
+            publish(step, slot, state)
         plgpu.barrier_wait(shared.full.at[stage])
         values, whole = rings.v.at[stage], None
         if rings.sums is not None:

@@ -4,12 +4,15 @@ Plain Python, as `cost` is.
 """
 
 import dataclasses
+from typing import Any
 
 CHUNK = 64  # tokens of a chunk: the rows of one warpgroup's product
 SHARED = 232448  # bytes of shared memory that a block of threads may have
 KEYS = 256  # widest state that one warpgroup's registers hold beside a tile
 PART = 64  # columns of keys that are decayed at once where each decays by itself
 SAVE = 2  # chunks between the states that are kept for the gradient of decays
+BLOCKS = 132  # multiprocessors of a Hopper GPU: with fewer blocks of threads rows are cut
+LEAST = 16  # chunks of a stretch that rows are cut into: fewer are gone through in no time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Walk:
       like: the outputs' products with another array are summed up.
       save: chunks between the states that are returned, 0 for none; 1 with `given`.
       dtype: of the outputs, 'bfloat16' or 'float32'.
-      readers: warpgroups that form outputs, 1 or 2.
+      readers: warpgroups that form outputs, 1 or 2; 0 where only the last state is wanted.
       stages: chunks whose inputs are in shared memory, a multiple of `readers`.
       slots: chunks whose states are there, likewise.
       staged: weights go through shared memory, not registers, into the second product.
@@ -59,14 +62,15 @@ class Walk:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block of threads, without barriers."""
-        matrices = self.size * (2 * self.key_dim + (2 if self.like else 1) * self.tile)
+        keys = (2 if self.readers else 1) * self.key_dim
+        matrices = self.size * (keys + (2 if self.like else 1) * self.tile)
         stage = 2 * matrices + (16 * self.size if self.decays else 0)
         stage += (2 * self.size**2 + 4 * self.key_dim) if self.given else 0
         out = 4 if self.dtype == 'float32' else 2
         staged = self.staged and not self.given
         reader = self.size * (self.tile * out + 4 * self.like + 2 * staged * self.size)
         written = 2 * self.size * self.tile if self.decays else 0
-        states = 2 * self.slots * self.key_dim * self.tile
+        states = 2 * self.slots * self.key_dim * self.tile if self.readers else 0
         return self.stages * stage + self.readers * reader + written + states
 
     def borders(self, chunks: int) -> int:
@@ -77,6 +81,8 @@ class Walk:
 
     def flops(self, value_dim: int) -> int:
         """FLOPs of one chunk of one head."""
+        if not self.readers:
+            return 2 * self.size * self.key_dim * value_dim
         scores = 0 if self.given else value_dim // self.tile * self.key_dim
         pairs = scores + value_dim
         return 2 * self.size * (self.size * pairs + 2 * self.key_dim * value_dim)
@@ -88,7 +94,9 @@ def fitted(walk: Walk) -> Walk:
     Two readers hide what one waits for; then further stages hide the way from global memory.
     """
     room = SHARED - 4096  # barriers, what the compiler takes for sums over lanes, alignment
-    forms = ((2, 4, 2), (2, 2, 2), (1, 3, 2), (1, 2, 2), (1, 2, 1), (1, 1, 1))
+    forms = [(2, 4, 2), (2, 2, 2), (1, 3, 2), (1, 2, 2), (1, 2, 1), (1, 1, 1)]
+    if not walk.readers:
+        forms = [(0, stages, 1) for stages in (4, 3, 2, 1)]
     for readers, stages, slots in forms:
         if readers == 2 and walk.key_dim * walk.tile > 128 * 64:
             continue  # the state takes the registers of the second reader
@@ -110,6 +118,8 @@ class Plan:
       vector: each dimension of keys by itself.
       strict: a token reads only what lies before it, up to which its own decay does not reach.
       resets: so that a document's first token has to be told to read nothing.
+      stretches: that a row is cut into, which are walked side by side once the states between
+        them are known.
       staged, size: see `Walk`.
     """
 
@@ -121,6 +131,7 @@ class Plan:
     vector: bool = False
     strict: bool = False
     resets: bool = False
+    stretches: int = 1
     staged: bool = False
     size: int = CHUNK
 
@@ -144,6 +155,10 @@ class Plan:
         So in the other walks.
         """
         return self._walk(self.key_dim, save=self._save(save))
+
+    def states(self, *, reverse: bool = False) -> Walk:
+        """The walk that gives a stretch's last state alone."""
+        return self._walk(self.key_dim, reverse=reverse, readers=0)
 
     def values(self, *, save: bool = False) -> Walk:
         """The backward walk that gives the gradient of the values and of states."""
@@ -189,8 +204,13 @@ class Plan:
     @property
     def forward_flops(self) -> int:
         """FLOPs of one chunk of a row, all heads."""
-        before = self.weights_flops if self.vector else 0
+        before = self.weights_flops if self.vector else self._between_flops
         return self.heads * (self.forward(save=False).flops(self.value_dim) + before)
+
+    @property
+    def _between_flops(self) -> int:
+        """FLOPs of one chunk of one head for the states between stretches."""
+        return self.states().flops(self.value_dim) if self.stretches > 1 else 0
 
     @property
     def backward_flops(self) -> int:
@@ -199,11 +219,26 @@ class Plan:
             around = self.weights_flops + self.gradients_flops
             return self.heads * (self.values().flops(self.value_dim) + around)
         queries = self.parts * self.queries(reverse=False).flops(self.key_dim)
-        return self.heads * (self.values().flops(self.value_dim) + 2 * queries)
+        values = self.values().flops(self.value_dim) + self._between_flops
+        return self.heads * (values + 2 * queries)
+
+
+def stretches(batch: int, length: int, heads: int, value_dim: int) -> int:
+    """Returns into how many stretches rows are cut.
+
+    Going over keys and values once more for the states between them, and over queries backwards,
+    is about half of a walk; each doubling of the blocks of threads halves the time, as long as
+    there are multiprocessors without one.
+    """
+    blocks, count = batch * heads * -(-value_dim // 64), 1
+    chunks = -(-length // CHUNK)
+    while 2 * count * blocks <= BLOCKS and chunks >= 2 * count * LEAST:
+        count *= 2
+    return count
 
 
 def plan_for(
-    heads: int, groups: int, key_dim: int, value_dim: int, *, decay: str, **facts: bool
+    heads: int, groups: int, key_dim: int, value_dim: int, *, decay: str, **facts: Any
 ) -> Plan | None:
     """Returns how to cut up a call, or None where a state is too large; facts are the plan's."""
     key_dim = -(-key_dim // 64) * 64
