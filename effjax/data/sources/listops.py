@@ -3,7 +3,6 @@
 import functools
 import random
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -16,16 +15,18 @@ _DIGIT = 1
 _OPS: dict[str, Callable[[list[int]], int]] = {
     '[MIN': min,
     '[MAX': max,
-    '[MED': lambda args: int(np.median(args)),
+    '[MED': lambda args: (sorted(args)[(len(args) - 1) // 2] + sorted(args)[len(args) // 2]) // 2,
     '[SM': lambda args: sum(args) % 10,
 }
+_VALUE_OF = tuple(_OPS.values())
 _FIRST_OP = _DIGIT + 10
 _END = _FIRST_OP + len(_OPS)
 VOCAB = ('', *map(str, range(10)), *_OPS, ']')
 _VALUE = 0.75  # chance that an argument is a digit, as in the original generator
 _TRIES = 200_000
 
-Tree = int | tuple[str, list[Any]]
+class _TooLong(Exception):
+    """A tree has more tokens than a row."""
 
 
 class ListOps(RowSource):
@@ -89,36 +90,34 @@ class ListOps(RowSource):
 
     @functools.lru_cache(maxsize=200_000)  # noqa: B019 (a source lives as long as its run)
     def _row(self, key: int) -> tuple[tuple[int, ...], int]:
-        draw = random.Random(key)
+        draw = random.Random(key).random
         for _ in range(_TRIES):
-            tree = self._tree(draw, 1)
-            ids = _write(tree)
+            ids: list[int] = []
+            try:
+                value = self._tree(draw, 1, ids)
+            except _TooLong:
+                continue
             if self._min_len <= len(ids) <= self.seq_len:
-                return tuple(ids), evaluate(tree)
+                return tuple(ids), value
         raise ConfigError(
             f'config.data: none of {_TRIES} trees had {self._min_len} to {self.seq_len} tokens; '
             'raise depth or arguments, or lower min_len.'
         )
 
-    def _tree(self, draw: random.Random, depth: int) -> Tree:
-        if depth > self._depth or (depth > 1 and draw.random() < _VALUE):
-            return draw.randrange(10)
-        op = draw.choice(list(_OPS))
-        count = draw.randint(2, self._arguments)
-        return op, [self._tree(draw, depth + 1) for _ in range(count)]
+    def _tree(self, draw: Callable[[], float], depth: int, ids: list[int]) -> int:
+        """Appends a tree's ids and returns its digit; gives up once it cannot fit a row.
 
-
-def evaluate(tree: Tree) -> int:
-    """Returns the digit that a tree stands for."""
-    if isinstance(tree, int):
-        return tree
-    op, arguments = tree
-    return int(_OPS[op]([evaluate(a) for a in arguments]))
-
-
-def _write(tree: Tree) -> list[int]:
-    if isinstance(tree, int):
-        return [_DIGIT + tree]
-    op, arguments = tree
-    inside = [i for a in arguments for i in _write(a)]
-    return [_FIRST_OP + list(_OPS).index(op), *inside, _END]
+        Most trees are far too long, and nearly all the time would go into drawing them to the end.
+        """
+        if depth > self._depth or (depth > 1 and draw() < _VALUE):
+            value = int(10 * draw())
+            ids.append(_DIGIT + value)
+            return value
+        op = int(len(_OPS) * draw())
+        count = 2 + int((self._arguments - 1) * draw())
+        ids.append(_FIRST_OP + op)
+        if len(ids) + count + 1 > self.seq_len:  # the arguments, and the end
+            raise _TooLong
+        value = _VALUE_OF[op]([self._tree(draw, depth + 1, ids) for _ in range(count)])
+        ids.append(_END)
+        return value
