@@ -138,7 +138,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--mixers', nargs='+', choices=list(MIXERS), default=list(MIXERS))
-    parser.add_argument('--steps', type=int, default=10_000)
+    parser.add_argument('--steps', type=int, default=25_000)
     parser.add_argument('--batch', type=int, default=64)
     parser.add_argument('--lengths', type=int, nargs='+', default=list(TESTED))
     parser.add_argument('--rows', type=int, default=512, help='rows tested at each length, at most')

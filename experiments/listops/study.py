@@ -10,8 +10,12 @@ def get_study() -> Study:
         config='configs/listops.py',
         arms=(
             Arm('attention'),
-            Arm('mamba', ("model.mixer={'kind': 'mamba'}", "model.positions={'kind': 'none'}")),
-            Arm('retnet', ("model.mixer={'kind': 'retnet', 'heads': 4}",)),
+            Arm(
+                'mamba',
+                ("model.mixer={'kind': 'mamba'}", "model.positions={'kind': 'none'}"),
+                method='mamba',
+            ),
+            Arm('retnet', ("model.mixer={'kind': 'retnet', 'heads': 4}",), method='retnet'),
         ),
         axis='model_flops',
         budget=2e14,

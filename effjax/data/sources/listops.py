@@ -25,6 +25,7 @@ VOCAB = ('', *map(str, range(10)), *_OPS, ']')
 _VALUE = 0.75  # chance that an argument is a digit, as in the original generator
 _TRIES = 200_000
 
+
 class _TooLong(Exception):
     """A tree has more tokens than a row."""
 
