@@ -1,11 +1,32 @@
-"""What the tests of kernels share: chips to compile for ahead of time."""
+"""What the tests of kernels share: interpreters, chips to compile for ahead of time."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import pytest
 from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+from effjax.kernels import target
+
+
+@pytest.fixture
+def interpreted() -> Callable:
+    """Returns `interpreted(implementation)`: kernels are interpreted inside, and races raise."""
+
+    @contextlib.contextmanager
+    def inside(implementation: str) -> Iterator[None]:
+        if implementation == 'pallas_tpu':
+            mode = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True))
+        else:
+            mode = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
+        with target(implementation.removeprefix('pallas_')), mode:
+            yield
+
+    return inside
 
 
 @pytest.fixture

@@ -118,6 +118,44 @@ def test_gradients_of_inputs_and_states():
     assert not any(np.any(np.asarray(grads[n])[SEGMENTS == 0]) for n in 'kv')
 
 
+@pytest.mark.parametrize('implementation', ['pallas_tpu', 'pallas_gpu'])
+def test_kernels_in_the_interpreter(implementation, interpreted):
+    """Values, the state and all gradients against the token loop in float64."""
+    arrays, segments = inputs(seed=4, length=3 * T), np.concatenate([SEGMENTS] * 3, axis=1)
+
+    def loss(arrays, implementation):
+        o, (numerator, denominator, m) = call(
+            arrays, segment_ids=segments, implementation=implementation
+        )
+        # Not of the sums alone: which m they go with is free, up to rounding.
+        rest = jnp.sin(numerator / denominator) * jnp.cos(m + jnp.log(denominator))
+        return jnp.sum(jnp.sin(o)) + jnp.sum(rest), o
+
+    both = jax.value_and_grad(loss, has_aux=True)
+    with interpreted(implementation):
+        (_, o), grads = jax.block_until_ready(jax.jit(lambda a: both(a, implementation))(arrays))
+    assert last_choice('wkv')['implementation'] == implementation
+    assert last_choice('diagonal_scan')['implementation'] == implementation
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arrays)
+        (_, expected), slopes = jit(lambda a: both(a, 'reference'))(wide)
+        expected, slopes = jax.tree.map(np.float32, (expected, slopes))
+    # float32 sums of a few terms of order 1, and gradients of some such sums
+    chex.assert_trees_all_close((o, grads), (expected, slopes), atol=5e-5, rtol=1e-4)
+
+
+def test_a_fast_decay_far_along_a_row():
+    """There the exponents of the sums are found a few hundredths wrong, and the sums are not."""
+    arrays = inputs(seed=5, length=20_000)
+    arrays['log_decay'] = np.float32([-30, -3, -0.1, -1e-4, 0])
+    o = jit(lambda a: call(a)[0])(arrays)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arrays)
+        expected = jit(lambda a: call(a, implementation='reference')[0])(wide)
+    # The sums of the last channel have 20,000 terms, each rounded by 6e-8 of them.
+    np.testing.assert_allclose(o, expected, atol=2e-4, rtol=2e-4)
+
+
 def test_a_row_may_be_cut_anywhere_and_padding_is_never_read():
     arrays = inputs(seed=2)
     run = jit(call)

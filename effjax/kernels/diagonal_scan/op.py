@@ -56,16 +56,10 @@ def diagonal_scan(
     """
     _check(x, log_decay, initial_state, segment_ids, chunk)
     wide = jnp.promote_types(jnp.promote_types(x.dtype, log_decay.dtype), jnp.float32)
-    short = refuse_short(x.shape[1], implementation)
     chosen = choice.pick(
         'diagonal_scan',
         implementation,
-        {
-            'pallas_tpu': tpu.refuse(x, wide) or short,
-            'pallas_gpu': hopper.refuse(x, wide, by_name=implementation is not None) or short,
-            'xla': None,
-            'reference': None,
-        },
+        refusals(x, wide, implementation),
         {'xla': xla.form()},
         shape=x.shape,
         dtype=x.dtype.name,
@@ -90,6 +84,23 @@ def diagonal_scan(
         if not jnp.issubdtype(wide, jnp.complexfloating):
             h = h.astype(x.dtype)
     return (h, state) if return_state else h
+
+
+def refusals(x: Any, wide: Any, implementation: str | None) -> dict[str, str | None]:
+    """Returns each implementation's reason not to run a call here, or None, best first.
+
+    Args:
+      x: inputs [B, T, ...], or their shape and dtype.
+      wide: dtype of the arithmetic.
+      implementation: the one asked for.
+    """
+    short = refuse_short(x.shape[1], implementation)
+    return {
+        'pallas_tpu': tpu.refuse(x, wide) or short,
+        'pallas_gpu': hopper.refuse(x, wide, by_name=implementation is not None) or short,
+        'xla': None,
+        'reference': None,
+    }
 
 
 def _decays(log_decay: jax.Array, wide: Any, as_logarithm: bool) -> tuple[jax.Array, float, float]:

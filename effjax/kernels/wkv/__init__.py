@@ -1,6 +1,6 @@
 """RWKV-4's weighted average: exponential weights of keys that decay, exact for keys of any size.
 
-Implementations: 'xla' (a parallel scan, anywhere), 'reference' (the token loop).
+Implementations: those of `diagonal_scan`, of which it is two; 'reference' is its own token loop.
 """
 
 from effjax.kernels.wkv.op import wkv

@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from effjax.kernels import choice
+from effjax.kernels.diagonal_scan.op import refusals
 from effjax.kernels.documents import begins, check_segments
-from effjax.kernels.wkv import reference, xla
-
-_IMPLEMENTATIONS = {'xla': xla, 'reference': reference}
-EMPTY = -1e38  # exponent of a sum that holds nothing, inside the implementations
+from effjax.kernels.wkv import reference, sums
 
 
 def wkv(
@@ -44,22 +42,24 @@ def wkv(
         first two.
       segment_ids: int32 [B, T], the document of each token, 0 is padding. None: one document.
       return_state: also return the state of the row's last document after its last token.
-      implementation: 'xla', 'reference', or None for the best that can run.
+      implementation: 'pallas_tpu', 'pallas_gpu' (Hopper), 'xla', 'reference', or None for the
+        best that can run, as in `diagonal_scan`.
 
     Returns:
       o [B, T, D] in the dtype of v, or (o, the state, of three float32 arrays).
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: shapes that do not fit, an implementation that is unknown or cannot run here.
     """
     _check(k, v, log_decay, bonus, initial_state, segment_ids)
-    facts: dict[str, Any] = {'shape': k.shape, 'dtype': v.dtype.name}
-    chosen = choice.pick('wkv', implementation, dict.fromkeys(_IMPLEMENTATIONS), **facts)
     wide = jnp.promote_types(v.dtype, jnp.float32)
+    both = jax.ShapeDtypeStruct((*k.shape[:2], 2 * k.shape[2]), wide)
+    facts: dict[str, Any] = {'shape': k.shape, 'dtype': v.dtype.name}
+    chosen = choice.pick('wkv', implementation, refusals(both, wide, implementation), **facts)
     if initial_state is None:
         initial_state = (jnp.zeros((k.shape[0], k.shape[2]), wide),) * 3
     numerator, denominator, m = (x.astype(wide) for x in initial_state)
-    m = jnp.where(denominator > 0, jax.lax.stop_gradient(m), EMPTY)
+    m = jnp.where(denominator > 0, jax.lax.stop_gradient(m), sums.EMPTY)
     state = (numerator, denominator, m)
     arrays = [x.astype(wide) for x in (k, v, log_decay, bonus)]
     real = resets = None
@@ -68,7 +68,10 @@ def wkv(
         real, resets = segment_ids != 0, begins(segment_ids)
         arrays[:2] = [jnp.where(real[..., None], x, 0) for x in arrays[:2]]
     with jax.named_scope(f'wkv_{chosen}'):
-        o, state = _IMPLEMENTATIONS[chosen].run(*arrays, state, real, resets)
+        if chosen == 'reference':
+            o, state = reference.run(*arrays, state, real, resets)
+        else:
+            o, state = sums.run(*arrays, state, real, resets, chosen)
     if real is not None:
         o = jnp.where(real[..., None], o, 0)
     o = o.astype(v.dtype)

@@ -131,8 +131,8 @@ class RWKV4(Recurrent):
             params=params,
             params_used=params,
             # The input, its difference and three mixtures; keys, values, r, the average and the
-            # gated one; in float32 the sums and their exponent at each token, twice over for the
-            # levels of the scan.
+            # gated one; in float32 both sums and their decays at each token, the exponent and
+            # three exponentials.
             activation_bytes=tokens
             * (5 * self.width + 5 * self.inner)
             * self.policy.compute_dtype.itemsize
