@@ -127,6 +127,97 @@ def test_it_is_a_ragged_dot_on_tpus():
     np.testing.assert_allclose(y, truth(x, w, sizes, np.zeros((33, N)))[0], atol=2e-5, rtol=1e-5)
 
 
+# Sizes of groups, rows, K, N. Rows are fewer than whole blocks, and blocks begin before an end.
+WIDE = {
+    'some': ([100, 0, 37, 60], 230, 128, 128),
+    'several blocks': ([200, 130], 330, 128, 128),
+    'wide': ([1, 129], 140, 256, 128),
+    'wider': ([64, 63, 1], 128, 128, 256),
+    'none': ([0, 0], 128, 128, 128),
+}
+
+
+@pytest.mark.filterwarnings('ignore:invalid value')  # of rows behind, in tiles; never written
+@pytest.mark.parametrize(
+    'name', ['some', *(pytest.param(n, marks=pytest.mark.ci) for n in WIDE if n != 'some')]
+)
+def test_hopper_in_the_interpreter(name, interpreted):
+    """Rows behind the groups are not finite, which no output shows."""
+    sizes, rows, k, n = WIDE[name]
+    rng = np.random.default_rng(5)
+    w = rng.normal(size=(len(sizes), k, n)) / k**0.5
+    x, w, dy = (
+        np.array(jnp.asarray(a, jnp.bfloat16))
+        for a in (rng.normal(size=(rows, k)), w, rng.normal(size=(rows, n)))
+    )
+    expected = truth(*(np.float32(a) for a in (x, w)), sizes, np.float32(dy))
+    x[sum(sizes) :], dy[sum(sizes) :] = np.nan, np.inf
+    with interpreted('pallas_gpu'):
+        product = functools.partial(grouped_product, implementation='pallas_gpu')
+
+        def f(x, w, sizes, dy):
+            y, pull = jax.vjp(lambda x, w: product(x, w, sizes), x, w)
+            return y, *pull(dy)
+
+        got = jax.block_until_ready(jax.jit(f)(x, w, np.asarray(sizes), dy))
+    assert last_choice('grouped_product')['implementation'] == 'pallas_gpu'
+    for a, wide in zip(got, expected, strict=True):
+        assert a.dtype == jnp.bfloat16 and a.shape == wide.shape
+        # One rounding to bfloat16, at the end, of sums of up to 200 products of order 1.
+        np.testing.assert_allclose(np.float32(a), wide, atol=2e-3, rtol=2**-8)
+
+
+def big(rows, groups, k, n, dtype=jnp.bfloat16):
+    shape = jax.ShapeDtypeStruct
+    return shape((rows, k), dtype), shape((groups, k, n), dtype), shape((groups,), jnp.int32)
+
+
+@pytest.mark.parametrize('shape', [(8192, 8, 1024, 4096), (4096, 64, 2048, 1408)])
+@pytest.mark.parametrize('lanes', [False, True])
+def test_hopper_lowers_for_cuda(shape, lanes):
+    """This decides on layouts and sees whether shared memory is enough; also a lane a seed."""
+
+    def f(x, w, sizes):
+        y = grouped_product(x, w, sizes, implementation='pallas_gpu')
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    arrays, grad = big(*shape), jax.grad(f, (0, 1))
+    if lanes:
+        arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype), arrays)
+        grad = jax.vmap(grad)
+    with target('gpu'):
+        lowered = jax.jit(grad).trace(*arrays).lower(lowering_platforms=('cuda',))
+    assert lowered.as_text().count('custom_call @mosaic_gpu') == 3
+
+
+def test_hopper_costs_equal_the_walk():
+    arrays = big(8192, 8, 256, 512)
+    f = functools.partial(grouped_product, implementation='pallas_gpu')
+    with target('gpu'):
+        walked = walk(f, *arrays, strict=True)
+        back = walk(jax.grad(lambda *a: jnp.sum(f(*a).astype(jnp.float32)), (0, 1)), *arrays)
+    assert walked.total == cost.executed_flops('pallas_gpu', 8192, 256, 512, 8)
+    # dx and dw; the outputs are not needed for the gradients of their sum.
+    assert back.kind('kernel') == walked.total + 2 * (8192 + 8 * cost.STEP) * 256 * 512
+
+
+def test_what_hopper_refuses_is_said():
+    def refusal(*shape, dtype=jnp.bfloat16):
+        with target('gpu'):
+            jax.eval_shape(grouped_product, *big(*shape, dtype=dtype))
+        chosen = last_choice('grouped_product')
+        assert chosen['implementation'] == 'xla'  # until it has been measured
+        return chosen['refused'].get('pallas_gpu')
+
+    assert refusal(512, 4, 128, 256) is None
+    assert refusal(512, 4, 128, 256, dtype=jnp.float32) == 'it takes bfloat16, not float32'
+    assert refusal(512, 4, 96, 256) == 'it takes sides of multiples of 128, not 96 and 256'
+    assert refusal(100, 4, 128, 256) == '100 rows are fewer than the 128 of one block'
+    arrays = (jnp.zeros(a.shape, a.dtype) for a in big(128, 2, 128, 128))
+    with pytest.raises(ValueError, match='it needs a Hopper GPU, not cpu'):
+        grouped_product(*arrays, implementation='pallas_gpu')
+
+
 def test_says_what_it_cannot_do():
     x, w, sizes, _ = inputs(*SIZES['some'])
     for args, message in (

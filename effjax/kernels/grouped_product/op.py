@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from effjax.kernels import choice
-from effjax.kernels.grouped_product import reference, xla
+from effjax.kernels.grouped_product import hopper, reference, xla
 
-_IMPLEMENTATIONS = {'xla': xla, 'reference': reference}
+_IMPLEMENTATIONS = {'xla': xla, 'pallas_gpu': hopper, 'reference': reference}
 
 
 def grouped_product(
@@ -26,19 +26,21 @@ def grouped_product(
       x_MK: rows [M, K], the first `sizes_E[0]` of them of group 0, and so on.
       w_EKN: a matrix for each group [E, K, N], in the dtype of x.
       sizes_E: integers [E], rows of each group, 0 or more; together at most M.
-      implementation: 'xla', 'reference', or None for the best that can run.
+      implementation: 'xla', 'pallas_gpu' (Hopper), 'reference', or None for the best that can run;
+        'pallas_gpu' runs by its name only until it has been measured.
 
     Returns:
       [M, N] in the dtype of x.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+      ValueError: shapes or dtypes that do not fit, an implementation that is unknown or cannot run
+        here.
     """
     _check(x_MK, w_EKN, sizes_E)
     chosen = choice.pick(
         'grouped_product',
         implementation,
-        dict.fromkeys(_IMPLEMENTATIONS),
+        {'xla': None, 'pallas_gpu': hopper.refuse(x_MK, w_EKN), 'reference': None},
         {'xla': xla.form()},
         shape=(*x_MK.shape, w_EKN.shape[2]),
         groups=w_EKN.shape[0],

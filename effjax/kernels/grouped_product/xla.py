@@ -49,7 +49,7 @@ def _backward(kept, dy):
 _by_blocks.defvjp(_forward, _backward)
 
 
-def _places(sizes: jax.Array, size: int, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def places(sizes: jax.Array, size: int, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of each block: its group, its first row, and how many rows it has of the group [count].
 
     A block that no group needs has none, at the last group's end.
@@ -80,7 +80,7 @@ def _rows(x: jax.Array, w: jax.Array, sizes: jax.Array, *, along: int) -> jax.Ar
         )
         return jax.lax.dynamic_update_slice_in_dim(y, made.astype(y.dtype), first, 0), None
 
-    y = jax.lax.scan(block, y, _places(sizes, size, count))[0][:rows]
+    y = jax.lax.scan(block, y, places(sizes, size, count))[0][:rows]
     return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(sizes), y, 0)
 
 
@@ -100,7 +100,7 @@ def _matrices(x: jax.Array, dy: jax.Array, w: jax.Array, sizes: jax.Array) -> ja
         return jax.lax.dynamic_update_index_in_dim(dw, old + made, group, 0), None
 
     zero = jnp.zeros(w.shape, _wide(x))
-    return jax.lax.scan(block, zero, _places(sizes, size, count))[0].astype(w.dtype)
+    return jax.lax.scan(block, zero, places(sizes, size, count))[0].astype(w.dtype)
 
 
 def _wide(x: jax.Array) -> jnp.dtype:
