@@ -61,17 +61,17 @@ def wkv(
     numerator, denominator, m = (x.astype(wide) for x in initial_state)
     m = jnp.where(denominator > 0, jax.lax.stop_gradient(m), sums.EMPTY)
     state = (numerator, denominator, m)
-    arrays = [x.astype(wide) for x in (k, v, log_decay, bonus)]
+    k, values, log_decay, bonus = (x.astype(wide) for x in (k, v, log_decay, bonus))
     real = resets = None
     if segment_ids is not None:
         segment_ids = jnp.asarray(segment_ids)
         real, resets = segment_ids != 0, begins(segment_ids)
-        arrays[:2] = [jnp.where(real[..., None], x, 0) for x in arrays[:2]]
+        k, values = (jnp.where(real[..., None], x, 0) for x in (k, values))
     with jax.named_scope(f'wkv_{chosen}'):
         if chosen == 'reference':
-            o, state = reference.run(*arrays, state, real, resets)
+            o, state = reference.run(k, values, log_decay, bonus, state, real, resets)
         else:
-            o, state = sums.run(*arrays, state, real, resets, chosen)
+            o, state = sums.run(k, values, log_decay, bonus, state, real, resets, chosen)
     if real is not None:
         o = jnp.where(real[..., None], o, 0)
     o = o.astype(v.dtype)
