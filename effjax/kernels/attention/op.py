@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from effjax.kernels import choice
-from effjax.kernels.attention import cudnn, hopper, reference, splash, xla
+from effjax.kernels.attention import cudnn, hopper, reference, splash, tokamax, xla
 from effjax.kernels.attention.mask import MaskSpec
 from effjax.kernels.attention.problem import Extras, Problem, check_ids, check_shapes
 
 # What stands behind 'xla' runs by its name only: the Hopper kernels take 1.01 to 1.15 times cuDNN's
-# time (experiments/benchmarks/kernels), and not all masks have been held to it on a GPU yet.
+# time (experiments/benchmarks/kernels), and not all masks have been held to it on a GPU yet;
+# tokamax has not been run on one here.
 _IMPLEMENTATIONS = {
-    'cudnn': cudnn, 'splash': splash, 'xla': xla, 'pallas_gpu': hopper, 'reference': reference,
+    'cudnn': cudnn, 'splash': splash, 'xla': xla, 'pallas_gpu': hopper, 'tokamax': tokamax,
+    'reference': reference,
 }  # fmt: skip
 
 
@@ -58,8 +60,8 @@ def attention(
       soft_cap: scores become cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118).
       dropout: rate at which attention weights are dropped; needs `rng`.
       rng: PRNG key for dropout.
-      implementation: 'cudnn', 'splash', 'xla', 'pallas_gpu', 'reference', or None for the best
-        that can run.
+      implementation: 'cudnn', 'splash', 'xla', 'pallas_gpu', 'tokamax' (effjax[tokamax]),
+        'reference', or None for the best that can run.
 
     Returns:
       [B, T, H, D] in the dtype of q.

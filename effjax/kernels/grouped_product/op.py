@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from effjax.kernels import choice
-from effjax.kernels.grouped_product import hopper, reference, xla
+from effjax.kernels.grouped_product import hopper, reference, tokamax, xla
 
-_IMPLEMENTATIONS = {'xla': xla, 'pallas_gpu': hopper, 'reference': reference}
+_IMPLEMENTATIONS = {
+    'xla': xla, 'pallas_gpu': hopper, 'tokamax': tokamax, 'reference': reference,
+}  # fmt: skip
 
 
 def grouped_product(
@@ -26,8 +28,9 @@ def grouped_product(
       x_MK: rows [M, K], the first `sizes_E[0]` of them of group 0, and so on.
       w_EKN: a matrix for each group [E, K, N], in the dtype of x.
       sizes_E: integers [E], rows of each group, 0 or more; together at most M.
-      implementation: 'xla', 'pallas_gpu' (Hopper), 'reference', or None for the best that can run;
-        'pallas_gpu' runs by its name only until it has been measured.
+      implementation: 'xla', 'pallas_gpu' (Hopper), 'tokamax' (effjax[tokamax]), 'reference', or
+        None for the best that can run; 'pallas_gpu' and 'tokamax' run by their names only until
+        they have been measured.
 
     Returns:
       [M, N] in the dtype of x.
@@ -40,7 +43,12 @@ def grouped_product(
     chosen = choice.pick(
         'grouped_product',
         implementation,
-        {'xla': None, 'pallas_gpu': hopper.refuse(x_MK, w_EKN), 'reference': None},
+        {
+            'xla': None,
+            'pallas_gpu': hopper.refuse(x_MK, w_EKN),
+            'tokamax': tokamax.refuse(x_MK),
+            'reference': None,
+        },
         {'xla': xla.form()},
         shape=(*x_MK.shape, w_EKN.shape[2]),
         groups=w_EKN.shape[0],
