@@ -15,10 +15,15 @@ def test_tiny_shapes_on_a_cpu(tmp_path, capsys):
     rows = json.loads(out.read_text())['rows']
     assert [row['case'] for row in rows] == [case.name for case in cases.SMALL]
     for row in rows:
+        assert 0 < row['floor'][0] < row['floor'][1]
+    *rows, experts = rows
+    for row in rows:
         ours = row['programs']['effjax']
         assert ours['ran'] == 'xla' and ours['error_of_gradients'] < 1e-6
-        assert 0 < row['floor'][0] < row['floor'][1]
-    others = [row['programs'].get('associative_scan') for row in rows[2:]]
+    programs = experts['programs']
+    assert {'forward', 'whole'} == set(programs['xla']) == set(programs['one dense product'])
+    assert 'it needs a Hopper GPU, not cpu' in programs['pallas_gpu']['error']
+    others = [row['programs'].get('associative_scan') for row in rows[2:4]]
     assert all(found['error_of_gradients'] < run.BOUND for found in others)
     text = capsys.readouterr().out
     assert '| **scalar decay 1,64,2,16,16** | floor |' in text and '**wrong**' not in text

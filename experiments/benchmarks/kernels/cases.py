@@ -7,8 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from effjax.kernels import MaskSpec, attention, diagonal_scan, linear_recurrence, selective_scan
+from effjax.kernels import (
+    MaskSpec,
+    attention,
+    diagonal_scan,
+    grouped_product,
+    linear_recurrence,
+    selective_scan,
+    wkv,
+)
 from effjax.kernels.attention import mask
 from effjax.kernels.attention.cost import attention_flops, pairs
 
@@ -25,7 +34,7 @@ class Case:
       shape: sizes, in words.
       make: `make(key) -> arrays`.
       run: `run(implementation, *arrays) -> output`.
-      ours: implementations of ours that are timed.
+      ours: implementations of ours that are timed; the others are held to the last one.
       flops: FLOPs of the forward and of the backward pass, by the algorithm.
       context: other facts that peers need.
     """
@@ -151,6 +160,39 @@ def softmax(b: int, t: int, h: int, d: int, *, window: int | None = None, first:
     )
 
 
+def average(b: int, t: int, d: int) -> Case:
+    """RWKV-4's weighted average in float32."""
+
+    def make(key: jax.Array) -> Arrays:
+        keys = jax.random.split(key, 4)
+        k, v = (_normal(x, (b, t, d), jnp.float32) for x in keys[:2])
+        decay, bonus = (_normal(x, (d,), jnp.float32) for x in keys[2:])
+        return k, v, -jnp.exp(decay), bonus
+
+    def run(implementation: str | None, *arrays: jax.Array) -> jax.Array:
+        return wkv(*arrays, implementation=implementation)
+
+    size = float(b * t * d)
+    return Case('wkv', f'{b},{t},{d}', make, run, (None, 'xla'), (8 * size, 16 * size))
+
+
+def experts(rows: int, groups: int, k: int, n: int) -> Case:
+    """Products of rows with their experts' matrices, in bfloat16; the experts are not alike."""
+    rng = np.random.default_rng(groups)
+    sizes = rng.multinomial(rows, rng.dirichlet(np.full(groups, 4.0)))
+
+    def make(key: jax.Array) -> Arrays:
+        keys = jax.random.split(key)
+        return _normal(keys[0], (rows, k)), _normal(keys[1], (groups, k, n)) * k**-0.5
+
+    def run(implementation: str | None, *arrays: jax.Array) -> jax.Array:
+        return grouped_product(*arrays, sizes, implementation=implementation)
+
+    flops, ours = 2.0 * rows * k * n, ('tokamax', 'pallas_gpu', 'xla')
+    shape = f'{rows} rows, {groups} of {k},{n}'
+    return Case('grouped product', shape, make, run, ours, (flops, 2 * flops))
+
+
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.Array:
     return jax.random.normal(key, shape, dtype)
 
@@ -167,6 +209,9 @@ CASES = (
     scan(8, 4096, 2048),
     scan(8, 16384, 2048),
     mamba(8, 2048, 4096, 16),
+    average(8, 4096, 2048),
+    experts(32768, 8, 2048, 4096),
+    experts(32768, 64, 2048, 1024),
     softmax(4, 8192, 16, 128),
     softmax(1, 32768, 16, 128),
     softmax(1, 32768, 16, 128, window=1024),
@@ -177,4 +222,6 @@ SMALL = (
     recurrence('vector', 1, 64, 2, 16, 16),
     scan(1, 64, 8),
     mamba(1, 64, 8, 4),
+    average(1, 64, 8),
+    experts(64, 3, 16, 8),
 )

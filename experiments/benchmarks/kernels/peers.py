@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from experiments.benchmarks.kernels.cases import Case
 from experiments.benchmarks.kernels.timing import median
 
+# Peers that compute something else of the same size: what they give is not compared.
+OTHERS = ('cudnn attention', 'one dense product')
+
 
 def jax_peers(case: Case) -> dict[str, Callable[..., jax.Array]]:
     """Returns the peers of a case that are functions of jax arrays, by name."""
@@ -24,6 +27,8 @@ def jax_peers(case: Case) -> dict[str, Callable[..., jax.Array]]:
         peers['associative_scan'] = _associative_mamba
     if case.op.endswith('decay'):
         peers['cudnn attention'] = _cudnn
+    if case.op == 'grouped product':
+        peers['one dense product'] = lambda x, w: x @ w[0]
     return peers
 
 
