@@ -225,11 +225,15 @@ def _summed(x: jax.Array, *, reverse: bool = False) -> jax.Array:
 
 
 def _over_heads(plan: Plan, x: jax.Array, like: jax.Array) -> jax.Array:
-    """Sums [B, T, H * parts, K] over the heads and parts that share a query head."""
+    """Sums [B, T, H * parts, K] over the heads and parts that share a query head.
+
+    Each is rounded to bfloat16 before, as their sum is after: in float32 they would take twice the
+    time to write and to read, most of what Mamba-2's backward pass does.
+    """
     if x.shape == like.shape:
         return x
     x = x.reshape(*like.shape[:3], -1, like.shape[3])
-    return jnp.sum(x, axis=3).astype(like.dtype)
+    return jnp.sum(x, axis=3, dtype=jnp.float32).astype(like.dtype)
 
 
 def _of_heads(plan: Plan, rows: jax.Array) -> jax.Array:

@@ -49,13 +49,12 @@ def run(plan: Plan, q, k, log_decay, kept, v, do, states, dstates) -> tuple[jax.
       dstates: gradients of the states behind each chunk, alike.
 
     Returns:
-      (dq, dk, dlog_decay) [B, N * C, H, K]; the first two in bfloat16, or in float32 where heads
-      share queries; the last in float32.
+      (dq, dk, dlog_decay) [B, N * C, H, K]; the first two in bfloat16, the last in float32.
     """
     batch, length, heads, width = log_decay.shape
     shape = jax.ShapeDtypeStruct
     block = plan.value_block
-    keys = shape(log_decay.shape, q.dtype if plan.heads == plan.groups else jnp.float32)
+    keys = shape(log_decay.shape, q.dtype)
     shared = _Gradients(
         q=matrix(CHUNK, PART),
         k=matrix(CHUNK, PART),
@@ -119,13 +118,9 @@ def _gradients(
     levels = _through_levels(plan, these, both, own, first, shared)
 
     def put(x: jax.Array, target: Any, free: Any) -> None:
-        target = at.tokens(target, at.head, part)
-        if target.dtype == jnp.float32:
-            target[...] = x
-        else:
-            free[...] = x.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(free, target)
+        free[...] = x.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(free, at.tokens(target, at.head, part))
 
     def through(reach: jax.Array, first: Any, x: jax.Array) -> jax.Array:
         reach = left(plan, number(reach), shared.square)

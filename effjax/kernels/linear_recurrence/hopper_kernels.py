@@ -99,7 +99,7 @@ def run(walk: Walk, q, k, v, sums, state, like=None, weights=None, kept=None) ->
     chunks, tiles = length // walk.size, value_dim // walk.tile
     shape = jax.ShapeDtypeStruct
     out = _Outputs(
-        shape((batch, length, heads, value_dim), walk.dtype) if walk.readers else None,
+        shape((batch, length, heads, value_dim), k.dtype) if walk.readers else None,
         shape(state.shape, state.dtype),
         shape((batch, heads, walk.borders(chunks), *state.shape[2:]), k.dtype)
         if walk.borders(chunks)
@@ -135,12 +135,11 @@ def _spread(there: list[bool], found: Any) -> list[Any]:
     return [next(found) if x else None for x in there]
 
 
-def matrix(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-    """Shared memory for matrices that products read."""
-    columns = 128 // jnp.dtype(dtype).itemsize
+def matrix(*shape: int) -> Any:
+    """Shared memory for bfloat16 matrices that products read."""
     mosaic: Any = plgpu  # whose transforms count as abstract for type checkers
-    transforms = (mosaic.TilingTransform((8, columns)), mosaic.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    transforms = (mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
 def _scratch(walk: Walk, there: list[bool]) -> Any:
@@ -161,7 +160,7 @@ def _scratch(walk: Walk, there: list[bool]) -> Any:
             plgpu.SMEM((walk.stages, width), jnp.float32) if walk.given else None,
         ),
         states=matrix(walk.slots, width, tile) if walk.readers else None,
-        out=matrix(walk.readers, size, tile, dtype=walk.dtype) if walk.readers else None,
+        out=matrix(walk.readers, size, tile) if walk.readers else None,
         written=matrix(size, tile) if decays else None,
         weights=matrix(walk.readers, size, size)
         if walk.readers and walk.staged and not walk.given
@@ -370,7 +369,7 @@ def _put(block: _Block, reader: Any, chunk: jax.Array, o: jax.Array, rows: Any) 
     """Copies the outputs of a chunk out, after those before have left."""
     shared, (row, head) = block.shared, block.head()
     plgpu.wait_smem_to_gmem(0)
-    shared.out.at[reader][...] = o.astype(block.walk.dtype)
+    shared.out.at[reader][...] = o.astype(jnp.bfloat16)
     if rows is not None:
         shared.rows.at[reader][...] = rows
     plgpu.commit_smem()

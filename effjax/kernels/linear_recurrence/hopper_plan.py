@@ -26,7 +26,6 @@ class Walk:
       decays: something decays.
       like: the outputs' products with another array are summed up.
       save: chunks between the states that are returned, 0 for none; 1 with `given`.
-      dtype: of the outputs, 'bfloat16' or 'float32'.
       readers: warpgroups that form outputs, 1 or 2; 0 where only the last state is wanted.
       stages: chunks whose inputs are in shared memory, a multiple of `readers`.
       slots: chunks whose states are there, likewise.
@@ -41,7 +40,6 @@ class Walk:
     decays: bool = False
     like: bool = False
     save: int = 0
-    dtype: str = 'bfloat16'
     readers: int = 2
     stages: int = 2
     slots: int = 2
@@ -66,9 +64,8 @@ class Walk:
         matrices = self.size * (keys + (2 if self.like else 1) * self.tile)
         stage = 2 * matrices + (16 * self.size if self.decays else 0)
         stage += (2 * self.size**2 + 4 * self.key_dim) if self.given else 0
-        out = 4 if self.dtype == 'float32' else 2
         staged = self.staged and not self.given
-        reader = self.size * (self.tile * out + 4 * self.like + 2 * staged * self.size)
+        reader = self.size * (2 * self.tile + 4 * self.like + 2 * staged * self.size)
         written = 2 * self.size * self.tile if self.decays else 0
         states = 2 * self.slots * self.key_dim * self.tile if self.readers else 0
         return self.stages * stage + self.readers * reader + written + states
@@ -169,10 +166,7 @@ class Plan:
 
         `like`: decays have a gradient, which needs the products of both with what they belong to.
         """
-        whole = self.parts == 1 and self.heads == self.groups
-        dtype = 'bfloat16' if whole else 'float32'
-        width = self.value_dim // self.parts
-        return self._walk(width, reverse=reverse, like=like, dtype=dtype)
+        return self._walk(self.value_dim // self.parts, reverse=reverse, like=like)
 
     def _save(self, save: bool) -> int:
         return (1 if self.vector else SAVE) if save else 0

@@ -94,7 +94,9 @@ def _backward(plan, saved, gradients):
     dq, dk, ddecay = hopper_gradients.run(plan, q, k, log_decay, kept, v, do, states, back.states)
     if dq.shape != q.shape:
         parts = (*q.shape[:3], plan.heads // plan.groups, q.shape[3])
-        dq, dk = (jnp.sum(x.reshape(parts), axis=3).astype(q.dtype) for x in (dq, dk))
+        dq, dk = (
+            jnp.sum(x.reshape(parts), axis=3, dtype=jnp.float32).astype(q.dtype) for x in (dq, dk)
+        )
     return dq, dk, back.o, ddecay, back.last
 
 
