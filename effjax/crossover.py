@@ -108,7 +108,11 @@ def resume(out: pathlib.Path, wanted: Mapping[str, Any]) -> 'list[Point]':
     except (ValueError, KeyError, TypeError) as e:
         raise DataError(f'{file} is damaged; delete it, or give another --out.') from e
     same = json.loads(json.dumps(wanted))
-    other = [key for key in same if found.get(key) != same[key]]
+    other = [
+        f'{key} ({found.get(key)}, now {now})' if isinstance(now, str | int) else key
+        for key, now in same.items()
+        if found.get(key) != now
+    ]
     if other:
         raise DataError(
             f'{file} holds points with another {", ".join(other)}; give another --out, or delete '

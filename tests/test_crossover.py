@@ -166,7 +166,9 @@ def test_points_of_other_conditions_are_refused(tmp_path, capsys):
     run(tmp_path, lengths='8')
     argv = [f'--config={CONFIG}', '--mixers=attention', '--lengths=8', '--steps=3']
     assert run_command(command.main, [*argv, f'--out={tmp_path}']) == 1
-    assert 'holds points with another mixers' in capsys.readouterr().err
+    assert 'holds points with another mixers; give' in capsys.readouterr().err
+    assert run_command(command.main, [*argv, '--steps=4', f'--out={tmp_path}']) == 1
+    assert 'holds points with another steps (3, now 4), mixers;' in capsys.readouterr().err
     (tmp_path / 'crossover.json').write_text('{')
     assert run_command(command.main, [*argv, f'--out={tmp_path}']) == 1
     assert 'is damaged; delete it' in capsys.readouterr().err
