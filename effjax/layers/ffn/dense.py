@@ -1,7 +1,6 @@
 """Dense feed-forward parts: `down(act(up x))`, and the gated `down(act(gate x) * up x)`."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,9 +12,8 @@ from effjax.core.cost import Cost, matmul_flops
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
 from effjax.core.keys import branch
+from effjax.layers.gates import Activation, gated_product
 from effjax.layers.linear import Projection, initializer
-
-Activation = Callable[[jax.Array], jax.Array]
 
 
 def relu2(x: jax.Array) -> jax.Array:
@@ -86,33 +84,6 @@ class Dense(nnx.Module):
             # The input, the results of the inner products, and what goes into the last one.
             activation_bytes=tokens * (self.width + products * self.hidden) * self.itemsize,
         )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gated_product(activation: Activation, gate_F: jax.Array, up_F: jax.Array) -> jax.Array:
-    """Returns `activation(gate) * up`, computed in float32, in the dtype of `up`.
-
-    Its rule keeps the two inputs and computes the rest again: one fused pass, and half of what
-    automatic differentiation would keep for a scanned body.
-    """
-    wide = jnp.promote_types(up_F.dtype, jnp.float32)
-    return (activation(gate_F.astype(wide)) * up_F.astype(wide)).astype(up_F.dtype)
-
-
-def _gate_forward(activation, gate_F, up_F):
-    return gated_product(activation, gate_F, up_F), (gate_F, up_F)
-
-
-def _gate_backward(activation, residuals, d):
-    gate_F, up_F = residuals
-    wide = jnp.promote_types(up_F.dtype, jnp.float32)
-    d = d.astype(wide)
-    value, pull = jax.vjp(activation, gate_F.astype(wide))
-    (d_gate,) = pull(d * up_F.astype(wide))
-    return d_gate.astype(gate_F.dtype), (d * value).astype(up_F.dtype)
-
-
-gated_product.defvjp(_gate_forward, _gate_backward)
 
 
 class ReLU(Dense):

@@ -13,6 +13,7 @@ from effjax.core.info import SeqInfo
 from effjax.core.keys import branch
 from effjax.kernels import delta_rule
 from effjax.kernels.delta_rule.cost import CHUNK, model_flops
+from effjax.layers.gates import gated_rms_norm
 from effjax.layers.linear import Projection, initializer
 from effjax.layers.mixers.recurrent import (
     QueryKeyValue,
@@ -118,9 +119,11 @@ class DeltaNet(Recurrent):
             chunk=self.chunk,
             implementation=self.implementation,
         )
-        y = self.norm(o)
-        if self.gate is not None:
-            y = y * jax.nn.silu(self.gate.linear(x_BTD))
+        if self.gate is None:
+            y = self.norm(o)
+        else:
+            gate = self.gate.linear(x_BTD)
+            y = gated_rms_norm(self.norm.eps, o, gate, self.norm.scale[...])
         return self.out(y), new if return_memory else None
 
     def _log_decay(self, x_BTD: jax.Array) -> jax.Array | None:

@@ -14,6 +14,7 @@ from effjax.core.info import SeqInfo
 from effjax.core.keys import branch
 from effjax.kernels import linear_recurrence
 from effjax.kernels.linear_recurrence.cost import model_flops
+from effjax.layers.gates import gated_rms_norm
 from effjax.layers.linear import Projection, initializer
 from effjax.layers.mixers.recurrent import (
     QueryKeyValue,
@@ -126,7 +127,8 @@ class GLA(Recurrent):
             return_state=True,
             implementation=self.implementation,
         )
-        y = self.out(jax.nn.silu(self.gate.linear(x_BTD)) * self.norm(o))
+        gate = self.gate.linear(x_BTD)
+        y = self.out(gated_rms_norm(self.norm.eps, o, gate, self.norm.scale[...]))
         return y, {'recurrence': recurrence, **new} if return_memory else None
 
     def cost(self, batch: int, seq_len: int) -> Cost:

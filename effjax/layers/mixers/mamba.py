@@ -16,6 +16,7 @@ from effjax.core.info import SeqInfo
 from effjax.core.keys import branch
 from effjax.kernels import selective_scan
 from effjax.kernels.selective_scan.cost import CHUNK, model_flops
+from effjax.layers.gates import gated_product
 from effjax.layers.linear import Initializer, Projection, initializer
 from effjax.layers.mixers.recurrent import Recurrent, State, need_causal
 from effjax.layers.mixers.short_conv import ShortConv
@@ -131,7 +132,7 @@ class Mamba(Recurrent):
             chunk=self.chunk,
             implementation=self.implementation,
         )
-        y = self.out(y * jax.nn.silu(self.gate(x_BTD)))
+        y = self.out(gated_product(jax.nn.silu, self.gate(x_BTD), y))
         return y, {'conv': conv, 'scan': scan} if return_memory else None
 
     def _normed(self, x: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from effjax.core.info import SeqInfo
 from effjax.core.keys import branch
 from effjax.kernels import linear_recurrence
 from effjax.kernels.linear_recurrence.cost import model_flops
+from effjax.layers.gates import gated_rms_norm
 from effjax.layers.mixers.recurrent import (
     QueryKeyValue,
     Recurrent,
@@ -23,7 +24,6 @@ from effjax.layers.mixers.recurrent import (
     matrix_memory,
     need_causal,
 )
-from effjax.layers.norms import rms_norm
 from effjax.layers.positions import Rope
 
 
@@ -112,8 +112,8 @@ class RetNet(Recurrent):
             return_state=True,
             implementation=self.implementation,
         )
-        o = rms_norm(self.eps, o, jnp.ones(self.value_dim, self.policy.param_dtype))
-        y = self.out(jax.nn.silu(self.gate.linear(x_BTD)) * o)
+        ones = jnp.ones(self.value_dim, self.policy.param_dtype)
+        y = self.out(gated_rms_norm(self.eps, o, self.gate.linear(x_BTD), ones))
         return y, {'recurrence': recurrence, **new} if return_memory else None
 
     def cost(self, batch: int, seq_len: int) -> Cost:

@@ -16,7 +16,7 @@ from effjax.core.registry import check_block
 from effjax.core.trees import count
 from effjax.costs import walk
 from effjax.layers.ffn import FFNS
-from effjax.layers.ffn.dense import gated_product
+from effjax.layers.gates import gated_product
 
 FORMULAS = {
     'relu': lambda g, u: jnp.maximum(u, 0),
