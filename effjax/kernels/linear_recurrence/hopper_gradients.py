@@ -265,9 +265,5 @@ def _summed(plan: Plan, which: jax.Array, x: jax.Array, shared: _Gradients) -> j
     reach = left(plan, number(which), shared.square)
     plgpu.commit_smem()
 
-    def multiply(accumulator):
-        plgpu.wgmma(accumulator, reach, shared.z)
-        plgpu.wgmma(accumulator, reach, fine)
-        return accumulator[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC(SQUARE, jnp.float32))
+    # Not into one accumulator: the left side's registers are to be left alone until a product ends.
+    return product(SQUARE, reach, shared.z) + product(SQUARE, reach, fine)
