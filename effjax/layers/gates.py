@@ -54,7 +54,7 @@ def gated_rms_norm(eps: float, x: jax.Array, gate: jax.Array, scale: jax.Array) 
 
 def _norm_forward(eps, x, gate, scale):
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(_wide(x)), axis=-1, keepdims=True) + eps)
-    y = jax.nn.silu(_wide(gate)) * (_wide(x) * inverse) * _wide(scale)
+    y = jax.nn.silu(_wide(gate)) * (_wide(x) * inverse * _wide(scale))
     return y.astype(x.dtype), (x, gate, scale, inverse)
 
 
