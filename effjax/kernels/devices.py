@@ -1,5 +1,7 @@
 """Why a Pallas kernel cannot run at a place, or None."""
 
+import importlib.util
+
 import jax
 from jax.sharding import AxisType
 
@@ -23,6 +25,15 @@ def refuse_hopper() -> str | None:
         capability = str(jax.local_devices(backend='gpu')[0].compute_capability)
         if capability != '9.0':
             return f'it needs compute capability 9.0, which Hopper has, not {capability}'
+    return refuse_mesh()
+
+
+def refuse_tokamax() -> str | None:
+    """Returns why tokamax's kernels cannot run here, or None."""
+    if choice.platform() not in ('gpu', 'tpu'):
+        return f'it needs a GPU or a TPU, not {choice.platform()}'
+    if importlib.util.find_spec('tokamax') is None:
+        return 'it needs the package tokamax, which effjax[tokamax] installs'
     return refuse_mesh()
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from effjax.layers.norms import norm_gradients
+
 Activation = Callable[[jax.Array], jax.Array]
 
 
@@ -63,11 +65,8 @@ def _norm_backward(eps, residuals, dy):
     unit, dy = _wide(x) * inverse, _wide(dy)
     value, pull = jax.vjp(jax.nn.silu, _wide(gate))
     (d_gate,) = pull(dy * unit * _wide(scale))
-    d = dy * value
-    d_scale = jnp.sum(d * unit, axis=tuple(range(d.ndim - 1)))
-    d = d * _wide(scale)
-    dx = (d - unit * jnp.mean(d * unit, axis=-1, keepdims=True)) * inverse
-    return dx.astype(x.dtype), d_gate.astype(gate.dtype), d_scale.astype(scale.dtype)
+    dx, d_scale = norm_gradients(unit, x, scale, inverse, dy * value)
+    return dx, d_gate.astype(gate.dtype), d_scale
 
 
 gated_rms_norm.defvjp(_norm_forward, _norm_backward)

@@ -99,7 +99,7 @@ def _rms_forward(eps, x, scale):
 
 def _rms_backward(eps, residuals, dy):
     x, scale, inverse = residuals
-    return _gradients(x.astype(inverse.dtype) * inverse, x, scale, inverse, dy)
+    return norm_gradients(x.astype(inverse.dtype) * inverse, x, scale, inverse, dy)
 
 
 rms_norm.defvjp(_rms_forward, _rms_backward)
@@ -122,14 +122,14 @@ def _layer_forward(eps, x, scale):
 def _layer_backward(eps, residuals, dy):
     x, scale, inverse, mean = residuals
     unit = (x.astype(inverse.dtype) - mean) * inverse
-    dx, dscale = _gradients(unit, x, scale, inverse, dy, centre=True)
+    dx, dscale = norm_gradients(unit, x, scale, inverse, dy, centre=True)
     return dx, dscale
 
 
 layer_norm.defvjp(_layer_forward, _layer_backward)
 
 
-def _gradients(unit, x, scale, inverse, dy, centre=False):
+def norm_gradients(unit, x, scale, inverse, dy, centre=False):
     """(dx, dscale) of `unit * scale`, where `unit` is x normalised by `inverse`."""
     dy = dy.astype(inverse.dtype)
     d = dy * scale.astype(inverse.dtype)

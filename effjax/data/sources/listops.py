@@ -2,6 +2,7 @@
 
 import functools
 import random
+import statistics
 from collections.abc import Callable
 
 import numpy as np
@@ -15,7 +16,7 @@ _DIGIT = 1
 _OPS: dict[str, Callable[[list[int]], int]] = {
     '[MIN': min,
     '[MAX': max,
-    '[MED': lambda args: (sorted(args)[(len(args) - 1) // 2] + sorted(args)[len(args) // 2]) // 2,
+    '[MED': lambda args: int(statistics.median(args)),
     '[SM': lambda args: sum(args) % 10,
 }
 _VALUE_OF = tuple(_OPS.values())

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from effjax.kernels import choice
-from effjax.kernels.attention.problem import Extras, Problem
+from effjax.kernels.attention.problem import Extras, Problem, dense
 
 PACKED_DOCUMENTS = 16
 
@@ -89,19 +89,8 @@ def _masked(
         assert extras.q_segments is not None and extras.kv_segments is not None
         same = extras.q_segments[:, None, :, None] == extras.kv_segments[:, None, None, :]
         mask = same if mask is None else mask & same
-    o_BTHD = jax.nn.dot_product_attention(
-        q_BTHD,
-        k_BSGD,
-        v_BSGD,
-        mask=mask,
-        scale=problem.scale,
-        is_causal=problem.mask == 'causal',
-        local_window_size=None if problem.window is None else (problem.window - 1, 0),
-        implementation='cudnn',
-    )
-    if mask is not None and problem.may_be_empty:
-        o_BTHD = jnp.where(mask.any(-1)[:, 0, :, None, None], o_BTHD, 0)
-    return o_BTHD
+    run = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
+    return dense(run, problem, mask, q_BTHD, k_BSGD, v_BSGD)
 
 
 def _packed(

@@ -1,6 +1,7 @@
 """The inputs of one attention call, checked, with what is static about them kept apart."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,39 @@ class Extras:
     mask: jax.Array | None = None
     lengths: jax.Array | None = None
     rng: jax.Array | None = None
+
+
+def dense(
+    attend: Callable[..., jax.Array],
+    problem: Problem,
+    mask: jax.Array | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+) -> jax.Array:
+    """Runs a function of the arguments of `jax.nn.dot_product_attention`.
+
+    Args:
+      attend: the function; a query that may see no key gives whatever it likes.
+      problem: the call.
+      mask: bool [B or 1, 1, T, S], beside the problem's causal mask, or None.
+      q, k, v: queries, keys and values.
+
+    Returns:
+      [B, T, H, D], 0 where a query sees nothing.
+    """
+    o = attend(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=problem.scale,
+        is_causal=problem.mask == 'causal',
+        local_window_size=None if problem.window is None else (problem.window - 1, 0),
+    )
+    if mask is not None and problem.may_be_empty:
+        o = jnp.where(mask.any(-1)[:, 0, :, None, None], o, 0)
+    return o
 
 
 def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[int, int, int, int, int, int]:

@@ -3,16 +3,15 @@
 Its Mosaic kernels alone: by itself it goes on to dense XLA where they cannot run, without a word.
 """
 
-import importlib.util
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from effjax.kernels import choice
-from effjax.kernels.attention.problem import Extras, Problem
-from effjax.kernels.devices import refuse_mesh
+from effjax.kernels.attention.problem import Extras, Problem, dense
+from effjax.kernels.devices import refuse_tokamax
 
 IMPLEMENTATION = 'mosaic'  # of tokamax
 _DTYPES = {'gpu': ('bfloat16', 'float16'), 'tpu': ('bfloat16', 'float32')}
@@ -20,11 +19,10 @@ _DTYPES = {'gpu': ('bfloat16', 'float16'), 'tpu': ('bfloat16', 'float32')}
 
 def refuse(problem: Problem) -> str | None:
     """Returns why tokamax cannot run this call here, or None."""
+    why = refuse_tokamax()
+    if why:
+        return why
     platform = choice.platform()
-    if platform not in _DTYPES:
-        return f'it needs a GPU or a TPU, not {platform}'
-    if importlib.util.find_spec('tokamax') is None:
-        return 'it needs the package tokamax, which effjax[tokamax] installs'
     if problem.dtype not in _DTYPES[platform]:
         able = ' or '.join(_DTYPES[platform])
         return f'it takes {able} on a {platform.upper()}, not {problem.dtype}'
@@ -38,7 +36,7 @@ def refuse(problem: Problem) -> str | None:
         return 'it has no dropout of attention weights'
     if problem.window is not None and platform == 'tpu':
         return 'it has no window on a TPU'
-    return refuse_mesh()
+    return None
 
 
 def attend(
@@ -48,18 +46,7 @@ def attend(
     import tokamax  # takes long, and may not be there
 
     mask = None if extras.mask is None else extras.mask[None, None]
-    implementation: Any = IMPLEMENTATION
-    o_BTHD = tokamax.dot_product_attention(
-        q_BTHD,
-        k_BSGD,
-        v_BSGD,
-        mask=mask,
-        scale=problem.scale,
-        is_causal=problem.mask == 'causal',
-        local_window_size=None if problem.window is None else (problem.window - 1, 0),
-        logits_soft_cap=problem.soft_cap,
-        implementation=implementation,
-    )
-    if mask is not None and problem.may_be_empty:
-        o_BTHD = jnp.where(mask.any(-1)[:, 0, :, None, None], o_BTHD, 0)
+    more = {'logits_soft_cap': problem.soft_cap, 'implementation': IMPLEMENTATION}
+    run: Any = functools.partial(tokamax.dot_product_attention, **more)
+    o_BTHD = dense(run, problem, mask, q_BTHD, k_BSGD, v_BSGD)
     return checkpoint_name(o_BTHD.astype(q_BTHD.dtype), 'attention_out')

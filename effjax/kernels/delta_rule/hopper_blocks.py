@@ -12,14 +12,6 @@ BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 COARSE, FINE, SEEN, LEFT, BETA = range(5)  # the rows of `rows`
 
 
-def matrix(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-    """Shared memory that products and copies can take."""
-    columns = 128 // jnp.dtype(dtype).itemsize
-    mosaic: Any = plgpu  # whose transforms count as abstract for type checkers
-    transforms = (mosaic.TilingTransform((8, columns)), mosaic.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
 def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     """A number a row (axis 0) or a column (axis 1), over a whole matrix."""
     return lax.broadcast_in_dim(x, shape, [axis])

@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from effjax.kernels.delta_rule import hopper_blocks as blocks
 from effjax.kernels.delta_rule.hopper_blocks import BETA, BY_ROW, LEFT, SEEN, along, product
 from effjax.kernels.delta_rule.hopper_plan import ROWS, TILE, Plan
+from effjax.kernels.hopper_memory import matrix
 
 
 class Known(NamedTuple):
@@ -104,7 +105,7 @@ def gradients(plan: Plan, known: Known) -> Grads:
     shape, size = jax.ShapeDtypeStruct, plan.size
     batch, heads, chunks = known.rows.shape[:3]
     like = [shape(x.shape, x.dtype) for x in (known.q, known.k, known.v)]
-    square = blocks.matrix(TILE, TILE)
+    square = matrix(TILE, TILE)
     names = [n for n in Known._fields if n != 'rows']
     scratch = _Shared(
         Known(**dict.fromkeys(names, square), rows=plgpu.SMEM((ROWS, size), jnp.float32)),

@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from effjax.kernels.delta_rule import hopper_blocks as blocks
 from effjax.kernels.delta_rule.hopper_blocks import BETA, BY_COLUMN, BY_ROW, SEEN, along, product
 from effjax.kernels.delta_rule.hopper_plan import Plan
+from effjax.kernels.hopper_memory import matrix
 
 
 class Solved(NamedTuple):
@@ -59,10 +60,10 @@ def solve(plan: Plan, k: jax.Array, v: jax.Array, rows: jax.Array) -> Solved:
     size, shape = plan.size, jax.ShapeDtypeStruct
     batch, heads, chunks = rows.shape[:3]
     inverse = shape((batch, chunks, heads, size, size), k.dtype)
-    square = blocks.matrix(2, size, size)
+    square = matrix(2, size, size)
     scratch = _Shared(
-        blocks.matrix(size, plan.key_dim),
-        blocks.matrix(size, plan.value_dim),
+        matrix(size, plan.key_dim),
+        matrix(size, plan.value_dim),
         plgpu.SMEM(rows.shape[3:], jnp.float32),
         square,
         square,

@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from effjax.kernels.delta_rule import hopper_blocks as blocks
 from effjax.kernels.delta_rule.hopper_blocks import BY_ROW, LEFT, SEEN, along, product
 from effjax.kernels.delta_rule.hopper_plan import ROWS, Walk
+from effjax.kernels.hopper_memory import matrix
 
 _STATE, _OTHER, _COPIES = range(3)  # the roles
 _REGISTERS = {_STATE: 240, _OTHER: 232, _COPIES: 32}
@@ -133,7 +134,7 @@ def _spread(there: list[bool], found: Any) -> list[Any]:
 
 def _scratch(walk: Walk) -> _Shared:
     size, tile, slots = walk.size, walk.tile, walk.slots
-    keys = blocks.matrix(walk.stages, size, walk.key_dim)
+    keys = matrix(walk.stages, size, walk.key_dim)
 
     def barriers(count: int, arrivals: int) -> Any:
         return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
@@ -143,15 +144,15 @@ def _scratch(walk: Walk) -> _Shared:
             keys,
             keys,
             keys,
-            blocks.matrix(walk.stages, size, tile),
+            matrix(walk.stages, size, tile),
             plgpu.SMEM((walk.stages, ROWS, size), jnp.float32),
         ),
-        states=blocks.matrix(slots, walk.key_dim, tile),
-        new=blocks.matrix(slots, size, tile),
-        kept=blocks.matrix(slots if walk.reverse else 1, size, tile),
-        inside=blocks.matrix(slots, size, tile, dtype=jnp.float32) if walk.reverse else None,
-        out=None if walk.reverse else blocks.matrix(size, tile),
-        weights=blocks.matrix(size, size),
+        states=matrix(slots, walk.key_dim, tile),
+        new=matrix(slots, size, tile),
+        kept=matrix(slots if walk.reverse else 1, size, tile),
+        inside=matrix(slots, size, tile, dtype=jnp.float32) if walk.reverse else None,
+        out=None if walk.reverse else matrix(size, tile),
+        weights=matrix(size, size),
         full=barriers(walk.stages, len(_Rings._fields)),
         empty=barriers(walk.stages, 2),
         ready=barriers(slots, 1),

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from effjax.kernels.grouped_product.cost import ROWS, STAGES, STEP, columns
+from effjax.kernels.hopper_memory import matrix
 
 _WORKERS = 2  # warpgroups that multiply
 _PART = ROWS // _WORKERS  # rows of each
@@ -36,12 +37,12 @@ def rows(x: jax.Array, w: jax.Array, places: jax.Array, along: int) -> jax.Array
     """
     width = w.shape[2 - along]
     tile = columns(width)
-    ring = _matrix(STAGES, _WORKERS, _PART, STEP)
+    ring = matrix(STAGES, _WORKERS, _PART, STEP)
     other = (STEP, tile) if along == 0 else (tile, STEP)
     return plgpu.kernel(
         functools.partial(_rows_body, along),
         out_type=jax.ShapeDtypeStruct((x.shape[0], width), x.dtype),
-        scratch_types=[_shared(ring, _matrix(STAGES, *other), tile, copies=_WORKERS + 1)],
+        scratch_types=[_shared(ring, matrix(STAGES, *other), tile, copies=_WORKERS + 1)],
         grid=(width // tile, places.shape[1]),
         grid_names=('tile', 'block'),
         kernel_name='grouped_product_rows',
@@ -64,11 +65,11 @@ def matrices(x: jax.Array, dy: jax.Array, groups: jax.Array) -> jax.Array:
     """
     (length, height), width = x.shape, dy.shape[1]
     tile = columns(width)
-    ring = _matrix(STAGES, _WORKERS, STEP, _PART)
+    ring = matrix(STAGES, _WORKERS, STEP, _PART)
     return plgpu.kernel(
         functools.partial(_matrices_body, length),
         out_type=jax.ShapeDtypeStruct((groups.shape[1], height, width), x.dtype),
-        scratch_types=[_shared(ring, _matrix(STAGES, STEP, tile), tile, copies=_WORKERS + 1)],
+        scratch_types=[_shared(ring, matrix(STAGES, STEP, tile), tile, copies=_WORKERS + 1)],
         grid=(width // tile, height // ROWS, groups.shape[1]),
         grid_names=('tile', 'block', 'group'),
         kernel_name='grouped_product_matrices',
@@ -95,12 +96,6 @@ class _Shared(NamedTuple):
     full: Any
     empty: Any
     masked: Any
-
-
-def _matrix(*shape: int) -> Any:
-    mosaic: Any = plgpu  # whose transforms count as abstract for type checkers
-    transforms = (mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128))
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
 def _shared(left: Any, right: Any, tile: int, *, copies: int) -> _Shared:
@@ -207,9 +202,9 @@ def _rows_body(along: int, places: Any, x: Any, w: Any, y: Any, shared: _Shared)
 
     def work(worker: jax.Array) -> None:
         def multiply(accumulator: Any, _: Any, stage: jax.Array) -> None:
-            matrix = shared.right.at[stage]
+            other = shared.right.at[stage]
             plgpu.wgmma(
-                accumulator, shared.left.at[stage, worker], matrix if along == 0 else matrix.T
+                accumulator, shared.left.at[stage, worker], other if along == 0 else other.T
             )
 
         _multiply(shared, steps, worker, tile, multiply)

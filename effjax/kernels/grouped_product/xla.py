@@ -9,6 +9,7 @@ Two forms:
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,13 @@ def product(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Returns y [M, N]; see `op.grouped_product`."""
     if form() == 'blocks':
         return _by_blocks(x_MK, w_EKN, sizes_E)
-    inside = jnp.arange(x_MK.shape[0])[:, None] < jnp.sum(sizes_E)
-    # Rows behind the groups are undefined in kernels, there and back: hence both masks.
-    y = jax.lax.ragged_dot(jnp.where(inside, x_MK, 0), w_EKN, sizes_E)
-    return jnp.where(inside, y, 0)
+    return masked(jax.lax.ragged_dot, x_MK, w_EKN, sizes_E)
+
+
+def masked(ragged_dot: Any, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    """A product whose rows behind the groups are undefined, there and back: hence both masks."""
+    inside = jnp.arange(x.shape[0])[:, None] < jnp.sum(sizes)
+    return jnp.where(inside, ragged_dot(jnp.where(inside, x, 0), w, sizes), 0)
 
 
 @jax.custom_vjp

@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from effjax.kernels.hopper_memory import matrix
 from effjax.kernels.linear_recurrence.hopper_chunks import (
     FLOOR,
     SQUARE,
@@ -30,7 +31,7 @@ from effjax.kernels.linear_recurrence.hopper_chunks import (
     place,
     read,
 )
-from effjax.kernels.linear_recurrence.hopper_kernels import COLUMNS, along, matrix, product
+from effjax.kernels.linear_recurrence.hopper_kernels import COLUMNS, along, product
 from effjax.kernels.linear_recurrence.hopper_plan import CHUNK, PART, Plan
 
 _BLOCKS = _V, _DO, _STATE, _DSTATE = range(4)

@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from effjax.kernels.hopper_memory import matrix
 from effjax.kernels.linear_recurrence.hopper_plan import Walk
 
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -133,13 +134,6 @@ def _suffix(walk: Walk) -> str:
 def _spread(there: list[bool], found: Any) -> list[Any]:
     found = iter(found)
     return [next(found) if x else None for x in there]
-
-
-def matrix(*shape: int) -> Any:
-    """Shared memory for bfloat16 matrices that products read."""
-    mosaic: Any = plgpu  # whose transforms count as abstract for type checkers
-    transforms = (mosaic.TilingTransform((8, 64)), mosaic.SwizzleTransform(128))
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
 def _scratch(walk: Walk, there: list[bool]) -> Any:

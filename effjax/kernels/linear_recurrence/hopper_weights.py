@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from effjax.kernels.hopper_memory import matrix
 from effjax.kernels.linear_recurrence.hopper_chunks import (
     SQUARE,
     WGMMA,
@@ -23,7 +24,7 @@ from effjax.kernels.linear_recurrence.hopper_chunks import (
     params,
     place,
 )
-from effjax.kernels.linear_recurrence.hopper_kernels import matrix, product
+from effjax.kernels.linear_recurrence.hopper_kernels import product
 from effjax.kernels.linear_recurrence.hopper_plan import CHUNK, PART, Plan
 
 

@@ -59,7 +59,7 @@ def wkv(
     if initial_state is None:
         initial_state = (jnp.zeros((k.shape[0], k.shape[2]), wide),) * 3
     numerator, denominator, m = (x.astype(wide) for x in initial_state)
-    m = jnp.where(denominator > 0, jax.lax.stop_gradient(m), sums.EMPTY)
+    m = jnp.where(denominator > 0, jax.lax.stop_gradient(m), reference.EMPTY)
     state = (numerator, denominator, m)
     k, values, log_decay, bonus = (x.astype(wide) for x in (k, v, log_decay, bonus))
     real = resets = None

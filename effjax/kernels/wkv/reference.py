@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+EMPTY = -1e38  # exponent of a sum that holds nothing
 State = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -20,7 +21,7 @@ def run(
     def token(state, at):
         k, v, real, resets = at
         if resets is not None:
-            empty = (0.0, 0.0, -1e38)
+            empty = (0.0, 0.0, EMPTY)
             state = tuple(
                 jnp.where(resets[:, None], e, x) for e, x in zip(empty, state, strict=True)
             )

@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.kernels.diagonal_scan import diagonal_scan
-from effjax.kernels.wkv.reference import State, read
-
-EMPTY = -1e38  # exponent of a sum that holds nothing
+from effjax.kernels.wkv.reference import EMPTY, State, read
 
 
 def run(
@@ -31,7 +29,7 @@ def run(
     """Returns (o [B, T, D], the state after the last document's last token).
 
     Args:
-      k, v, log_decay, bonus, state: as in `op`, of one dtype; an empty state's m is `EMPTY`.
+      k, v, log_decay, bonus, state: as in `op`, of one dtype; `EMPTY` is an empty one's m.
       real: [B, T], tokens that are no padding; None where all are.
       resets: [B, T], tokens that begin a document; None where none do.
       implementation: of `diagonal_scan`.
