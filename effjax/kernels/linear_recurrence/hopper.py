@@ -77,13 +77,12 @@ def _plan(q: Any, v: Any, **facts: Any) -> Plan | None:
     return plan_for(v.shape[2], q.shape[2], q.shape[3], v.shape[3], staged=STAGED, **facts)
 
 
-def run(problem: Problem, chunk: int, *, cut_rows: bool = False) -> tuple[jax.Array, jax.Array]:
+def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
     """Returns (o [B, T, H, V], the state after the last document's last token).
 
     Args:
       problem: the call.
       chunk: of 'xla'.
-      cut_rows: where there are few rows and heads.
     """
     del chunk  # 'xla's; the kernel has its own
     q, k, v, state = problem.q, problem.k, problem.v, problem.state
@@ -92,7 +91,7 @@ def run(problem: Problem, chunk: int, *, cut_rows: bool = False) -> tuple[jax.Ar
     log_decay = with_documents(problem) if bonus is None else hopper_vector.marked(problem)
     kind = 'none' if log_decay is None else 'vector' if vector else 'scalar'
     strict = bonus is not None
-    number = stretches(*q.shape[:2], *v.shape[2:]) if cut_rows and not vector else 1
+    number = 1 if vector else stretches(*q.shape[:2], *v.shape[2:])
     plan = _plan(q, v, decay=kind, strict=strict, resets=strict and documents, stretches=number)
     assert plan is not None
     length, (key_dim, value_dim) = q.shape[1], state.shape[2:]

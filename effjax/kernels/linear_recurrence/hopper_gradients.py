@@ -61,7 +61,7 @@ def run(plan: Plan, q, k, log_decay, kept, v, do, states, dstates) -> tuple[jax.
         k=matrix(CHUNK, PART),
         decay=matrix(CHUNK, PART),
         z=matrix(CHUNK, PART),
-        square=matrix(*SQUARE) if plan.staged else None,
+        square=matrix(*SQUARE),
         kept=plgpu.SMEM((PART,), jnp.float32),
         known=plgpu.SMEM((PART,), jnp.float32),
         blocks=[matrix(CHUNK, block) for _ in _BLOCKS],
@@ -130,13 +130,13 @@ def _gradients(
     of_q = through(these.seen(), first, _against(blocks, _DO, _STATE))
     wide, all_q = read(shared.q), levels.dq + of_q
     put(all_q, dq, shared.q)
-    found = _summed(plan, these.onward(), levels.flow + of_q * wide, shared)
+    found = _summed(these.onward(), levels.flow + of_q * wide, shared)
     if plan.strict:  # what a token reads does not flow through its own decay
         found = found - all_q * wide
     of_k = through(these.behind(), None, _against(blocks, _V, _DSTATE))
     flow = of_k * read(shared.k)
     put(levels.dk + of_k, dk, shared.k)
-    found = found + _summed(plan, these.before(), flow, shared)
+    found = found + _summed(these.before(), flow, shared)
     _know(blocks)
     ends = [along(plgpu.load(x, layout=COLUMNS), SQUARE, 1) for x in (shared.kept, shared.known)]
     found = jnp.where(read(shared.decay) > FLOOR, found + ends[0] * ends[1], 0.0)
@@ -257,14 +257,20 @@ def _know(blocks: _Blocks) -> None:
     blocks.shared.known[...] = known
 
 
-def _summed(plan: Plan, which: jax.Array, x: jax.Array, shared: _Gradients) -> jax.Array:
+def _summed(which: jax.Array, x: jax.Array, shared: _Gradients) -> jax.Array:
     """Sums of a flow over the tokens that a matrix of pairs tells [C, part]."""
     coarse = x.astype(jnp.bfloat16)  # in two parts of 8 bits: nearly float32
     fine = shared.blocks[_DO].at[:, pl.ds(0, PART)]  # no more needed
     shared.z[...] = coarse
     fine[...] = (x - coarse.astype(jnp.float32)).astype(jnp.bfloat16)
-    reach = left(plan, number(which), shared.square)
+    # Never from registers: a left side that two products take from there is not right on a GPU,
+    # in the second one some of its rows are what else had been in their registers.
+    shared.square[...] = number(which).astype(jnp.bfloat16)
     plgpu.commit_smem()
 
-    # Not into one accumulator: the left side's registers are to be left alone until a product ends.
-    return product(SQUARE, reach, shared.z) + product(SQUARE, reach, fine)
+    def multiply(accumulator):
+        plgpu.wgmma(accumulator, shared.square, shared.z)
+        plgpu.wgmma(accumulator, shared.square, fine)
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(SQUARE, jnp.float32))

@@ -53,7 +53,7 @@ def linear_recurrence(
       return_state: also return the state of the row's last document after its last token.
       chunk: tokens of a chunk of 'xla'; changes speed, memory and rounding only.
       implementation: 'pallas_tpu', 'pallas_gpu', 'xla', 'reference', or None for the best that can
-        run. 'pallas_gpu' by its name cuts rows up where there are few of them and few heads.
+        run.
 
     Returns:
       o [B, T, H, V] in the dtype of q, or (o, state [B, H, K, V]) with the state in float32.
@@ -77,9 +77,6 @@ def linear_recurrence(
     )
     with jax.named_scope(f'linear_recurrence_{chosen}'):
         prepared = problem.prepare(q, k, v, log_decay, bonus, scale, initial_state, segment_ids)
-        # Cutting rows up is new and not measured on a GPU yet: only where the kernel is named.
-        more = {'cut_rows': True} if implementation == 'pallas_gpu' else {}
-        run: Any = _IMPLEMENTATIONS[chosen].run
-        o, state = run(prepared, chunk, **more)
+        o, state = _IMPLEMENTATIONS[chosen].run(prepared, chunk)
         o = jnp.asarray(o, q.dtype)
     return (o, state) if return_state else o
