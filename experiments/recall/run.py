@@ -36,6 +36,7 @@ from experiments.recall.cells import (
 from experiments.recall.train import Lanes
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
+AHEAD = 2  # cells that are compiled while one trains
 
 
 def run_cell(lanes: Lanes, cell: Cell, until: float = float('inf')) -> dict[str, Any] | None:
@@ -74,7 +75,7 @@ def run_cell(lanes: Lanes, cell: Cell, until: float = float('inf')) -> dict[str,
 def sweep(cells: Sequence[Cell], file: pathlib.Path, until: float, **changes: Any) -> None:
     """Runs cells and appends each result to a file at once.
 
-    While one trains, the next is compiled. A cell that would not end in time is left out.
+    While one trains, the next two are compiled. A cell that would not end in time is left out.
 
     Args:
       cells: what is missing, in order.
@@ -87,14 +88,14 @@ def sweep(cells: Sequence[Cell], file: pathlib.Path, until: float, **changes: An
     def prepare(cell: Cell) -> Lanes:
         return Lanes(configs(cell, **changes), epochs)
 
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(prepare, cell) for cell in cells[:1]]
+    with concurrent.futures.ThreadPoolExecutor(AHEAD) as pool:
+        ahead = [pool.submit(prepare, cell) for cell in cells[:AHEAD]]
         for n, cell in enumerate(cells):
-            lanes = ahead.pop().result()
+            lanes = ahead.pop(0).result()
             if time.monotonic() > until:
                 print('time is up; the same command goes on', flush=True)
                 return
-            ahead += [pool.submit(prepare, c) for c in cells[n + 1 : n + 2]]
+            ahead += [pool.submit(prepare, c) for c in cells[n + AHEAD : n + AHEAD + 1]]
             row = run_cell(lanes, cell, until)
             del lanes
             if row is None:

@@ -9,6 +9,7 @@ import pytest
 
 from effjax.costs import walk
 from effjax.kernels import fft_conv, last_choice
+from effjax.kernels.choice import target
 from effjax.kernels.fft_conv import cost
 
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -129,6 +130,29 @@ def test_padding_is_never_read_and_16_bits_do_not_overflow():
     np.testing.assert_array_equal(run(noisy, h, segment_ids=ids), clean)
     half = run((x * 300).astype(jnp.bfloat16), h.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16 and np.isfinite(np.asarray(half, np.float32)).all()
+
+
+@pytest.mark.parametrize(('length', 'taps'), [(1, 1), (2, 1), (17, 17), (37, 5), (64, 200)])
+def test_short_rows_are_a_product_on_gpus(length, taps):
+    x, h = inputs(length, taps)
+
+    def both(x, h):
+        y, pull = jax.vjp(fft_conv, x, h)
+        return y, pull(jnp.sin(y))
+
+    whole = jit(both)(x, h)
+    with target('gpu'):
+        short = jit(lambda x, h: both(x, h))(x, h)
+        assert last_choice('fft_conv')['form'] == 'toeplitz'
+        walked = walk(lambda x, h: fft_conv(x, h), x, h, strict=True)
+        jax.eval_shape(lambda x: fft_conv(x, x[0]), jnp.zeros((1, cost.SHORT + 1, 1)))
+        assert last_choice('fft_conv')['form'] == 'whole'
+    assert walked.total == cost.executed_flops('xla', 2, length, 3, form='toeplitz')
+    np.testing.assert_allclose(short[0], direct(x, h), atol=3e-5)
+    # Both are sums of float32 products of order 1, up to 64 of them and up to 2 x 64 for taps.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), short, whole)
+    # No rounding of a later token reaches an earlier one.
+    np.testing.assert_array_equal(short[0][:, :1], x[:, :1] * h[:1])
 
 
 def test_any_dimensions_of_channels():

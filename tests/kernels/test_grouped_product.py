@@ -10,6 +10,7 @@ import pytest
 from effjax.costs import walk
 from effjax.kernels import grouped_product, last_choice, target
 from effjax.kernels.grouped_product import cost
+from effjax.kernels.grouped_product.xla import places
 
 K, N = 5, 3
 SIZES = {  # of groups, and rows
@@ -199,6 +200,18 @@ def test_hopper_costs_equal_the_walk():
     assert walked.total == cost.executed_flops('pallas_gpu', 8192, 256, 512, 8)
     # dx and dw; the outputs are not needed for the gradients of their sum.
     assert back.kind('kernel') == walked.total + 2 * (8192 + 8 * cost.STEP) * 256 * 512
+
+
+def test_places_take_each_row_once_from_whole_units_on():
+    rng = np.random.default_rng(0)
+    for groups in (1, 3, 9):
+        sizes = rng.multinomial(700, rng.dirichlet(np.full(groups, 0.5)))
+        for align, count in ((1, 6 + groups), (8, cost.hopper_blocks(700, groups - 1))):
+            group, first, own = (np.asarray(a) for a in places(jnp.asarray(sizes), 128, count, align))
+            rows = np.concatenate([np.arange(a, a + n) for a, n in zip(first, own, strict=True)])
+            np.testing.assert_array_equal(rows, np.arange(700))
+            np.testing.assert_array_equal(np.repeat(group, own), np.repeat(range(groups), sizes))
+            assert np.all(first % align + own <= 128)
 
 
 def test_what_hopper_refuses_is_said():

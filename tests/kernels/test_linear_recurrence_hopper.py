@@ -107,9 +107,8 @@ def errors(got, expected):
 
 @pytest.fixture(autouse=True)
 def through_shared_memory(monkeypatch):
-    """The interpreter has no products of registers. What is not right on a GPU is tested too."""
+    """The interpreter has no products of registers."""
     monkeypatch.setattr(hopper, 'STAGED', True)
-    monkeypatch.setattr(hopper, 'VECTOR', True)
 
 
 FAST = ('scalar', 'vector')
@@ -366,11 +365,6 @@ def test_what_cannot_run_is_said(monkeypatch):
     assert refusal(**wide) == 'it takes bfloat16, not float32'
     vector = like(1, 64, 2, 64, dtype=jnp.float32)
     assert refusal(log_decay=vector) is None
-    monkeypatch.setattr(hopper, 'VECTOR', False)
-    why = 'its gradient of a decay of each key dimension is not right on a GPU yet'
-    assert refusal(log_decay=vector) == why
-    with pytest.raises(ValueError, match=f'cannot run as .pallas_gpu.: {why}'):
-        refusal('pallas_gpu', log_decay=vector)
     bonus = like(2, 64, dtype=jnp.float32)
     assert refusal(bonus=bonus) == 'it has a bonus only beside a decay of each key dimension'
     large = {n: like(1, 64, 2, 320) for n in 'qk'}

@@ -5,6 +5,7 @@ Plain Python: `effjax.costs` imports it without jax.
 
 import math
 
+SHORT = 256  # most tokens of a row that 'xla' convolves by a product on a GPU
 NEAR = 16  # most tokens of the blocks inside which 'xla' sums directly, where there are documents
 
 
@@ -42,10 +43,23 @@ def executed_flops(
     *,
     taps: int | None = None,
     documents: bool = False,
+    form: str = '',
 ) -> float:
-    """FLOPs of the forward transforms that an implementation executes; the reference has none."""
+    """FLOPs of the forward transforms or products that 'xla' executes; the reference has none.
+
+    Args:
+      implementation: 'xla' or 'reference'.
+      batch: rows.
+      length: tokens in a row.
+      channels: of a token.
+      taps: of the filter; None means `length`.
+      documents: whether there are any.
+      form: 'toeplitz' where the rows are convolved by a product.
+    """
     if implementation == 'reference':
         return 0.0
+    if form == 'toeplitz':
+        return 2.0 * batch * channels * length**2
     if not documents:
         points = transform_size(length, length if taps is None else taps)
         return 2.5 * channels * (2 * batch + 1) * points * math.log2(points)

@@ -49,7 +49,7 @@ def fft_conv(
         segment_ids = jnp.asarray(segment_ids)
         documents = jnp.cumsum(begins(segment_ids), axis=1, dtype=jnp.int32)
         real = (segment_ids != 0)[..., None]
-    forms = {'xla': xla.form(documents)}
+    forms = {'xla': xla.form(x.shape[1], documents)}
     facts = {'shape': x.shape, 'taps': h.shape[0], 'dtype': x.dtype.name}
     chosen = choice.pick(
         'fft_conv', implementation, dict.fromkeys(_IMPLEMENTATIONS), forms, **facts

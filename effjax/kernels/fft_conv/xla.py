@@ -1,8 +1,11 @@
-"""The long convolution by Fourier transform.
+"""The long convolution by Fourier transform, and of short rows on GPUs as a product.
 
-Two forms:
+Three forms:
   whole: without documents, one transform of at least T + L - 1 points, so that nothing wraps
     around; what a later token adds to an earlier one is rounding only;
+  toeplitz: without documents, rows of at most `cost.SHORT` tokens on a GPU: the matrix of each
+    channel's taps [T, T] times all rows, in full float32. There a transform is five or six
+    passes over memory of twice the row, which cost more than these products;
   halves: with documents. One transform would mix them, so the row is halved again and again: what
     the left half of a block adds to its right half is a convolution of the one document that lies
     across the middle, and a transform of the block's size holds it. All blocks of a size are one
@@ -14,24 +17,41 @@ Two forms:
 import jax
 import jax.numpy as jnp
 
+from effjax.kernels import choice
 from effjax.kernels.fft_conv import cost
 
 
-def form(documents: jax.Array | None) -> str:
-    """Returns 'whole' or 'halves'."""
-    return 'whole' if documents is None else 'halves'
+def form(length: int, documents: jax.Array | None) -> str:
+    """Returns 'whole', 'toeplitz' or 'halves', for the platform traced for."""
+    if documents is not None:
+        return 'halves'
+    return 'toeplitz' if choice.platform() == 'gpu' and length <= cost.SHORT else 'whole'
 
 
 def conv(x: jax.Array, h: jax.Array, documents: jax.Array | None) -> jax.Array:
     """Returns y [B, T, D] of x [B, T, D], h [L, D] and document numbers [B, T]."""
     h = h[: x.shape[1]]
-    return _whole(x, h) if documents is None else _halves(x, h, documents)
+    if documents is not None:
+        return _halves(x, h, documents)
+    return {'whole': _whole, 'toeplitz': _toeplitz}[form(x.shape[1], None)](x, h)
 
 
 def _whole(x: jax.Array, h: jax.Array) -> jax.Array:
     points = cost.transform_size(x.shape[1], h.shape[0])
     product = jnp.fft.rfft(x, points, axis=1) * jnp.fft.rfft(h, points, axis=0)
     return jnp.fft.irfft(product, points, axis=1)[:, : x.shape[1]]
+
+
+def _toeplitz(x: jax.Array, h: jax.Array) -> jax.Array:
+    length, (taps, channels) = x.shape[1], h.shape
+    # Of p = (h_(T-1) ... h_0, 0 ... 0), 2 T long, row t of a channel's matrix is what stands from
+    # T-1-t on. Copies of p one after another, read in steps of one more than its length, are these
+    # rows from the last to the first: without a gather, whose gradient would be a slow scatter.
+    p = jnp.pad(h[::-1].T, ((0, 0), (length - taps, length)))
+    copies = jnp.broadcast_to(p[:, None], (channels, length, 2 * length))
+    flat = jnp.pad(copies.reshape(channels, -1), ((0, 0), (0, length)))
+    matrix = flat.reshape(channels, length, 2 * length + 1)[:, ::-1, :length]
+    return jnp.einsum('dts,bsd->btd', matrix, x, precision='highest')
 
 
 def _halves(x: jax.Array, h: jax.Array, documents: jax.Array) -> jax.Array:

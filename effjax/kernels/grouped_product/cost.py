@@ -10,8 +10,9 @@ _SMALLEST, _LARGEST = 16, 512  # rows of a block
 
 # Of the Hopper kernels: rows of a block, what both sides of a matrix are multiples of, what is
 # summed over in one step, and tiles on their way at a time: with 256 columns three fill the shared
-# memory beside the results.
-ROWS, SIDE, STEP, STAGES = 128, 128, 64, 3
+# memory beside the results. Tiles come and go in units of rows: one that began between two units
+# would miss a row of each.
+ROWS, SIDE, STEP, STAGES, UNIT = 128, 128, 64, 3, 8
 
 
 def model_flops(rows: int, key_dim: int, value_dim: int) -> float:
@@ -37,7 +38,8 @@ def columns(width: int) -> int:
 
 def hopper_blocks(rows: int, groups: int) -> int:
     """Blocks of the Hopper kernel over rows, enough for groups of any sizes and those behind."""
-    return -(-rows // ROWS) + groups + 1
+    parts = groups + 1
+    return -(-(rows + (UNIT - 1) * parts) // ROWS) + parts
 
 
 def executed_flops(

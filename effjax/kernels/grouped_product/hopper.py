@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from effjax.kernels.devices import refuse_hopper
 from effjax.kernels.grouped_product import cost
-from effjax.kernels.grouped_product.cost import ROWS, SIDE
+from effjax.kernels.grouped_product.cost import ROWS, SIDE, UNIT
 from effjax.kernels.grouped_product.xla import places
 
 
@@ -49,7 +49,7 @@ def _backward(kept, dy):
 
     x, w, sizes = kept
     begin = jnp.cumsum(sizes) - sizes
-    dw = hopper_kernels.matrices(x, dy, jnp.stack([begin, sizes]))
+    dw = hopper_kernels.matrices(_filled(x), _filled(dy), jnp.stack([begin, sizes]))
     return _rows(dy, w, sizes, along=1), dw, None
 
 
@@ -60,7 +60,13 @@ def _rows(x: jax.Array, w: jax.Array, sizes: jax.Array, *, along: int) -> jax.Ar
     """x times w over dimension `along` of each matrix."""
     from effjax.kernels.grouped_product import hopper_kernels
 
+    rows, x = x.shape[0], _filled(x)
     behind = x.shape[0] - jnp.sum(sizes, keepdims=True)
     count = cost.hopper_blocks(x.shape[0], w.shape[0])
-    found = places(jnp.concatenate([sizes, behind]), ROWS, count)
-    return hopper_kernels.rows(x, w, jnp.stack(found), along)
+    found = places(jnp.concatenate([sizes, behind]), ROWS, count, UNIT)
+    return hopper_kernels.rows(x, w, jnp.stack(found), along)[:rows]
+
+
+def _filled(x: jax.Array) -> jax.Array:
+    """Rows in whole units."""
+    return jnp.pad(x, ((0, -x.shape[0] % UNIT), (0, 0)))

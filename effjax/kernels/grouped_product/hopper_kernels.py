@@ -1,8 +1,8 @@
 """The Pallas kernels of the grouped product for Hopper GPUs (Mosaic GPU).
 
 Two warpgroups form products of 64 rows each, a third brings in what they multiply, as far ahead as
-there is room. No tile reaches over an array's end: one that would begins earlier, and a block's own
-rows stand further down in it.
+there is room. Tiles begin at whole units of rows and none reaches over an array's end: one that
+would begins earlier, and a block's own rows stand further down in it.
 """
 
 import functools
@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from effjax.kernels.grouped_product.cost import ROWS, STAGES, STEP, columns
+from effjax.kernels.grouped_product.cost import ROWS, STAGES, STEP, UNIT, columns
 from effjax.kernels.hopper_memory import matrix
 
 _WORKERS = 2  # warpgroups that multiply
@@ -26,7 +26,7 @@ def rows(x: jax.Array, w: jax.Array, places: jax.Array, along: int) -> jax.Array
     """Rows times the matrix of their group.
 
     Args:
-      x: bfloat16 [M, K], or [M, N] with `along` 1.
+      x: bfloat16 [M, K], or [M, N] with `along` 1; M in whole units.
       w: bfloat16 [E, K, N].
       places: int32 [3, blocks], of each block its group, its first row and how many rows it has;
         group E is that of the rows behind the groups.
@@ -56,7 +56,7 @@ def matrices(x: jax.Array, dy: jax.Array, groups: jax.Array) -> jax.Array:
     """The gradient of the matrices, `x^T dy` over the rows of each group.
 
     Args:
-      x: bfloat16 [M, K].
+      x: bfloat16 [M, K], M in whole units.
       dy: bfloat16 [M, N].
       groups: int32 [2, E], of each group its first row and how many it has.
 
@@ -190,7 +190,7 @@ def _rows_body(along: int, places: Any, x: Any, w: Any, y: Any, shared: _Shared)
     group, first, own = (places[i, block] for i in range(3))
     groups, length = w.shape[0], x.shape[0]
     steps = jnp.where(group < groups, jnp.int32(x.shape[1] // STEP), 0)
-    group, start = jnp.minimum(group, groups - 1), jnp.minimum(first, length - ROWS)
+    group, start = jnp.minimum(group, groups - 1), jnp.minimum(_unit(first), length - ROWS)
     wide = pl.ds(lax.axis_index('tile') * tile, tile)
 
     def left(step: jax.Array, worker: int) -> Any:
@@ -232,15 +232,21 @@ def _put(source: Any, begin: jax.Array, count: jax.Array, y: Any, start: jax.Arr
     plgpu.wait_smem_to_gmem(0)
 
 
+def _unit(row: jax.Array) -> jax.Array:
+    """The first row of a row's unit."""
+    return row & -UNIT
+
+
 def _matrices_body(length: int, groups: Any, x: Any, dy: Any, dw: Any, shared: _Shared) -> None:
     group, tile = lax.axis_index('group'), shared.out.shape[2]
     begin, own = groups[0, group], groups[1, group]
-    steps = lax.div(own + (STEP - 1), jnp.int32(STEP))
+    end, low = begin + own, _unit(begin)
+    steps = jnp.where(own > 0, lax.div(end - low + (STEP - 1), jnp.int32(STEP)), 0)
     tall = lax.axis_index('block') * ROWS
     wide = pl.ds(lax.axis_index('tile') * tile, tile)
 
     def start(step: jax.Array) -> jax.Array:
-        return jnp.minimum(begin + step * STEP, length - STEP)
+        return jnp.minimum(low + step * STEP, length - STEP)
 
     def left(step: jax.Array, worker: int) -> Any:
         return x.at[pl.ds(start(step), STEP), pl.ds(tall + worker * _PART, _PART)]
@@ -251,8 +257,8 @@ def _matrices_body(length: int, groups: Any, x: Any, dy: Any, dw: Any, shared: _
     def work(worker: jax.Array) -> None:
         def mask(stage: jax.Array, step: jax.Array) -> None:
             """Leaves only the group's rows; both factors, for others need not even be finite."""
-            first = begin + step * STEP - start(step)
-            last = begin + own - start(step)
+            first = jnp.maximum(begin, low + step * STEP) - start(step)
+            last = end - start(step)
 
             def clear(ref: Any) -> None:
                 i = plgpu.broadcasted_iota(jnp.int32, ref.shape, 0, layout=plgpu.Layout.WGMMA)
@@ -269,7 +275,7 @@ def _matrices_body(length: int, groups: Any, x: Any, dy: Any, dw: Any, shared: _
             plgpu.barrier_wait(shared.masked)
 
         def multiply(accumulator: Any, step: jax.Array, stage: jax.Array) -> None:
-            pl.when(step == steps - 1)(lambda: mask(stage, step))
+            pl.when((step == 0) | (step == steps - 1))(lambda: mask(stage, step))
             plgpu.wgmma(accumulator, shared.left.at[stage, worker].T, shared.right.at[stage])
 
         _multiply(shared, steps, worker, tile, multiply)

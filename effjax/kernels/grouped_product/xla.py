@@ -53,19 +53,25 @@ def _backward(kept, dy):
 _by_blocks.defvjp(_forward, _backward)
 
 
-def places(sizes: jax.Array, size: int, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def places(
+    sizes: jax.Array, size: int, count: int, align: int = 1
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of each block: its group, its first row, and how many rows it has of the group [count].
 
-    A block that no group needs has none, at the last group's end.
+    A group's first block begins where the group does, the next ones behind every `size` rows from
+    the multiple of `align` before that on. A block that no group needs has no rows, at the last
+    group's end.
     """
-    whole = (sizes + size - 1) // size
+    end = jnp.cumsum(sizes)
+    begin = end - sizes
+    low = begin // align * align
+    whole = jnp.where(sizes > 0, (end - low + size - 1) // size, 0)
     last = jnp.cumsum(whole)
     block = jnp.arange(count)
     group = jnp.minimum(jnp.searchsorted(last, block, side='right'), sizes.shape[0] - 1)
-    number = block - (last - whole)[group]
-    begin = (jnp.cumsum(sizes) - sizes)[group]
-    first = begin + jnp.minimum(number * size, sizes[group])
-    return group, first, jnp.clip(sizes[group] - number * size, 0, size)
+    start = low[group] + (block - (last - whole)[group]) * size
+    first, stop = (jnp.clip(x, begin[group], end[group]) for x in (start, start + size))
+    return group, first, stop - first
 
 
 def _rows(x: jax.Array, w: jax.Array, sizes: jax.Array, *, along: int) -> jax.Array:

@@ -42,10 +42,6 @@ from effjax.kernels.linear_recurrence.hopper_stretches import at, cut, joined, s
 from effjax.kernels.linear_recurrence.problem import Problem, with_documents
 
 STAGED = False  # weights go through shared memory: pallas' interpreter has no other way
-# Whether decays of single key dimensions may run. Outputs and all other gradients are right on an
-# H200, but in three calls of four the gradient of these decays was not finite there. In pallas'
-# interpreter it is, so that the tests go on.
-VECTOR = False
 _NOTHING = -104.0  # exp of less is 0 in float32
 
 
@@ -60,8 +56,6 @@ def refuse(q: Any, v: Any, decay: str, bonus: bool) -> str | None:
     """
     if (why := refuse_hopper()) is not None:
         return why
-    if decay == 'vector' and not VECTOR:
-        return 'its gradient of a decay of each key dimension is not right on a GPU yet'
     if bonus and decay != 'vector':
         return 'it has a bonus only beside a decay of each key dimension'
     if q.dtype.name != 'bfloat16':
