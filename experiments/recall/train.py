@@ -143,7 +143,7 @@ class Lanes:
         lowered = jax.jit(epoch, donate_argnums=0).lower(
             self._state, self._rows, self._held, np.int32(0), *with_lanes(lanes, runtime.lanes)
         )
-        # XLA's own options, not those of `training.compiled`: the gradient of a weight sums over all
+        # XLA's own options, not those of `training.compiled`: a weight's gradient sums over all
         # tokens of a lane into a few tiles, and without Triton's products, which divide such sums,
         # steps take 1.5 times as long (attention, N = 64, d = 64 on an H200: 4.4 against 2.9 ms).
         return lowered.compile()

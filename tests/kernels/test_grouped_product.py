@@ -207,7 +207,9 @@ def test_places_take_each_row_once_from_whole_units_on():
     for groups in (1, 3, 9):
         sizes = rng.multinomial(700, rng.dirichlet(np.full(groups, 0.5)))
         for align, count in ((1, 6 + groups), (8, cost.hopper_blocks(700, groups - 1))):
-            group, first, own = (np.asarray(a) for a in places(jnp.asarray(sizes), 128, count, align))
+            group, first, own = (
+                np.asarray(a) for a in places(jnp.asarray(sizes), 128, count, align)
+            )
             rows = np.concatenate([np.arange(a, a + n) for a, n in zip(first, own, strict=True)])
             np.testing.assert_array_equal(rows, np.arange(700))
             np.testing.assert_array_equal(np.repeat(group, own), np.repeat(range(groups), sizes))

@@ -8,9 +8,8 @@ from effjax.kernels import choice
 from effjax.kernels.delta_rule import cost, hopper, problem, reference, tpu, xla
 from effjax.kernels.devices import refuse_short
 
-# What stands behind 'xla' runs by its name only: the Hopper kernels are right on an H200, and their
-# speed is not measured yet.
-_IMPLEMENTATIONS = {'pallas_tpu': tpu, 'xla': xla, 'pallas_gpu': hopper, 'reference': reference}
+_KERNELS = {'pallas_tpu': tpu, 'pallas_gpu': hopper}
+_IMPLEMENTATIONS = {**_KERNELS, 'xla': xla, 'reference': reference}
 
 
 def delta_rule(
@@ -47,8 +46,8 @@ def delta_rule(
       segment_ids: int32 [B, T], the document of each token, 0 is padding. None: one document.
       return_state: also return the state of the row's last document after its last token.
       chunk: tokens of a chunk of 'xla'; changes speed and rounding only.
-      implementation: 'pallas_tpu', 'xla', 'pallas_gpu', 'reference', or None for the best of
-        'pallas_tpu' and 'xla' that can run.
+      implementation: 'pallas_tpu', 'pallas_gpu', 'xla', 'reference', or None for the best that can
+        run.
 
     Returns:
       o [B, T, H, V] in the dtype of q, or (o, state [B, H, K, V]) with the state in float32.
@@ -57,16 +56,12 @@ def delta_rule(
       ValueError: shapes that do not fit, an implementation that is unknown or cannot run here.
     """
     problem.check(q, k, v, beta, log_decay, initial_state, segment_ids, chunk)
-    refused = tpu.refuse(q, k, v) or refuse_short(q.shape[1], implementation)
+    short = refuse_short(q.shape[1], implementation)
+    refused = {n: kernel.refuse(q, k, v) or short for n, kernel in _KERNELS.items()}
     chosen = choice.pick(
         'delta_rule',
         implementation,
-        {
-            'pallas_tpu': refused,
-            'xla': None,
-            'pallas_gpu': hopper.refuse(q, k, v),
-            'reference': None,
-        },
+        {**refused, 'xla': None, 'reference': None},
         shape=(*q.shape, v.shape[-1]),
         dtype=q.dtype.name,
     )

@@ -30,6 +30,7 @@ class BaseConv(Hyena):
       conv: taps of a short convolution; 0 makes it long.
       filter_width: hidden width of the long filters' network.
       filter_layers: its hidden layers after the first.
+      filter_std: standard deviation of its first weights, biases 0; None: uniform, see `Hyena`.
       bias: whether the projection and the short convolution carry a bias; None asks the model.
       implementation: of the long convolution; None picks the best that can run.
 
@@ -46,6 +47,7 @@ class BaseConv(Hyena):
         conv: int = 3,
         filter_width: int = 16,
         filter_layers: int = 2,
+        filter_std: float | None = None,
         bias: bool | None = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
@@ -66,7 +68,7 @@ class BaseConv(Hyena):
         else:
             self.filter = ImplicitFilter(
                 ctx, 1, width=filter_width, layers=filter_layers, bands=1, frequency=1.0,
-                fast=0.3, slow=1.5, rngs=branch(rngs, 'filter'),
+                fast=0.3, slow=1.5, std=filter_std, rngs=branch(rngs, 'filter'),
             )  # fmt: skip
 
     def _memory(self, batch: int, slots: int, dtype: Any) -> State:

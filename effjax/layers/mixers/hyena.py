@@ -41,6 +41,9 @@ class Hyena(Recurrent):
       frequency: initial frequency of its sines; higher ones make rougher filters.
       fast: a filter fades to 1 % over this share of `max_len`, in the channel that fades most.
       slow: the same in the channel that fades least.
+      filter_std: standard deviation of the network's first weights, its biases 0: filters that
+        start near 0, as in language models that set all their linear layers so. None: weights
+        and biases uniform within 1 / sqrt(inputs).
       bias: whether projections and the short convolution carry a bias; None asks the model.
       implementation: of the long convolution; None picks the best that can run.
 
@@ -62,6 +65,7 @@ class Hyena(Recurrent):
         frequency: float = 1.0,
         fast: float = 0.3,
         slow: float = 1.5,
+        filter_std: float | None = None,
         bias: bool | None = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
@@ -83,7 +87,7 @@ class Hyena(Recurrent):
             setattr(self, f'{name}_conv', behind)
         self.filter = ImplicitFilter(
             ctx, order - 1, width=filter_width, layers=filter_layers, bands=bands,
-            frequency=frequency, fast=fast, slow=slow, rngs=branch(rngs, 'filter'),
+            frequency=frequency, fast=fast, slow=slow, std=filter_std, rngs=branch(rngs, 'filter'),
         )  # fmt: skip
         skip = jax.random.normal(branch(rngs, 'skip').params(), (order - 1, ctx.width))
         self.skip = param(skip.astype(ctx.policy.param_dtype), (None, 'mlp'), no_decay=True)
@@ -212,6 +216,7 @@ class ImplicitFilter(nnx.Module):
       frequency: initial frequency of the sines.
       fast: time in which the most fading channel falls to 1 %.
       slow: time in which the least fading one does.
+      std: standard deviation of the first weights, biases 0; None: uniform within 1 / sqrt(inputs).
 
     Raises:
       ConfigError: sizes that cannot be.
@@ -228,6 +233,7 @@ class ImplicitFilter(nnx.Module):
         frequency: float,
         fast: float,
         slow: float,
+        std: float | None = None,
         rngs: nnx.Rngs,
     ):
         if min(width, bands) < 1 or layers < 0 or not 0 < fast <= slow:
@@ -235,6 +241,8 @@ class ImplicitFilter(nnx.Module):
                 'hyena: filter_width and bands are at least 1, filter_layers at least 0, and '
                 f'0 < fast <= slow; got {width}, {bands}, {layers}, {fast} and {slow}.'
             )
+        if std is not None and not std > 0:
+            raise ConfigError(f'hyena: filter_std must be above 0 or None, got {std}.')
         self.length, self.bands, self.layers = ctx.max_len, bands, layers
         channels, features = filters * ctx.width, 1 + 2 * bands
         self.shape, self.fast, self.slow = (filters, ctx.width), float(fast), float(slow)
@@ -242,15 +250,21 @@ class ImplicitFilter(nnx.Module):
         self.params += width * channels + width
         dtype, fixed = ctx.policy.param_dtype, {'no_decay': True, 'keep_fp32': True}
 
-        def uniform(name: str, shape: tuple[int, ...], fan_in: int, axes: tuple[Any, ...]):
+        def made(name: str, shape: tuple[int, ...], fan_in: int, axes: tuple[Any, ...]):
             most, key = fan_in**-0.5, branch(rngs, name).params()
-            return param(jax.random.uniform(key, shape, dtype, -most, most), axes, **fixed)
+            if std is None:
+                value = jax.random.uniform(key, shape, dtype, -most, most)
+            elif name.endswith('bias'):
+                value = jnp.zeros(shape, dtype)
+            else:
+                value = std * jax.random.normal(key, shape, dtype)
+            return param(value, axes, **fixed)
 
-        self.first = uniform('first', (features, width), features, (None, None))
-        self.first_bias = uniform('first_bias', (width,), features, (None,))
-        self.hidden = uniform('hidden', (layers, width, width), width, (None,) * 3)
-        self.hidden_bias = uniform('hidden_bias', (layers, width), width, (None, None))
-        self.last = uniform('last', (width, filters, ctx.width), width, (None, None, 'mlp'))
+        self.first = made('first', (features, width), features, (None, None))
+        self.first_bias = made('first_bias', (width,), features, (None,))
+        self.hidden = made('hidden', (layers, width, width), width, (None,) * 3)
+        self.hidden_bias = made('hidden_bias', (layers, width), width, (None, None))
+        self.last = made('last', (width, filters, ctx.width), width, (None, None, 'mlp'))
         self.frequency = param(jnp.full((width,), frequency, dtype), (None,), **fixed)
 
     @property
