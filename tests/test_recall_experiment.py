@@ -1,27 +1,39 @@
 """The recall sweep: every model builds, a small cell trains, results resume, the page says it."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from experiments.recall import page, run
+from effjax import models, parallel
+from effjax.core.config import as_dict
+from effjax.core.info import SeqInfo
+from effjax.training.runtime import Runtime
+from experiments.recall import page, peer, run
 from experiments.recall.cells import (
     HIDDEN,
     LENGTHS,
     MIXERS,
     PUBLISHED,
+    VARIANTS,
     WIDTHS,
     Cell,
     configs,
     order,
 )
+from experiments.recall.claims import Claims
 from experiments.recall.train import Lanes
 
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
-@pytest.mark.parametrize('mixer', MIXERS)
+
+@pytest.mark.parametrize('mixer', [*MIXERS, *VARIANTS])
 def test_every_model_builds(mixer):
-    from effjax.training.runtime import Runtime
-
     made = configs(Cell(mixer, 64, 64), rows=1000, held_out=64, epochs=2)
     runtime = Runtime(made[0])
     assert runtime.config['model']['vocab_size'] == 8192
@@ -45,7 +57,8 @@ def test_the_protocol():
     published = [c.published is not None for c in cells]
     assert published == sorted(published, reverse=True) and sum(published) == 45
     assert all(Cell(*h).published is not None for h in HIDDEN)
-    assert set(PUBLISHED) < set(MIXERS)
+    assert set(PUBLISHED) < set(MIXERS) and not set(VARIANTS) & set(MIXERS)
+    assert order(['hyena_small'])[0] == Cell('hyena_small', 64, 64)
 
 
 SMALL = {'rows': 1200, 'held_out': 64, 'epochs': 2, 'vocab_size': 64}
@@ -98,11 +111,61 @@ def test_the_page(tmp_path):
 
 
 def test_a_sweep_appends_each_cell_and_leaves_out_what_would_be_late(tmp_path, monkeypatch):
-    results = {'base_conv': {'mixer': 'base_conv', 'accuracy': 0.5, 'seconds': 1.0}, 'hyena': None}
+    results = {'base_conv': {**row('base_conv', 64, 64, 0.5), 'seconds': 1.0}, 'hyena': None}
     monkeypatch.setattr(run, 'Lanes', lambda configs, epochs: configs[0].name)
     monkeypatch.setattr(run, 'run_cell', lambda lanes, cell, until: results[cell.mixer])
     cells, file = [Cell(m, 64, 64) for m in ('hyena', 'base_conv')], tmp_path / 'cells.jsonl'
     run.sweep(cells, file, float('inf'), **SMALL)
     assert [r['mixer'] for r in run.read(file)] == ['base_conv']
+    assert not [*(tmp_path / 'claims').iterdir()]
     run.sweep(cells, file, 0.0, **SMALL)  # time is up
     assert len(run.read(file)) == 1
+
+
+def test_processes_share_the_cells(tmp_path, monkeypatch):
+    cells = [Cell(m, 64, 64) for m in ('hyena', 'base_conv', 'h3')]
+    claims = Claims(tmp_path / 'claims')
+    assert claims.take(cells[0]) and not claims.take(cells[0])
+    with subprocess.Popen([sys.executable, '-c', '']) as dead:
+        pass
+    (tmp_path / 'claims' / 'base_conv-64-64').symlink_to(str(dead.pid))
+    made = []
+    monkeypatch.setattr(run, 'Lanes', lambda configs, epochs: configs[0].name)
+    monkeypatch.setattr(run, 'run_cell', lambda lanes, cell, until: made.append(cell))
+    run.sweep(cells, tmp_path / 'cells.jsonl', float('inf'), **SMALL)
+    assert made == cells[1:]  # the first is at work here, the second's process is dead
+    assert [f.name for f in (tmp_path / 'claims').iterdir()] == ['hyena-64-64']
+    claims.release(cells[0])
+    run.sweep(cells[:1], tmp_path / 'cells.jsonl', float('inf'), **SMALL)
+    assert made[2:] == cells[:1]
+
+
+def test_the_peer_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    with pytest.raises(SystemExit, match='experiments.recall.peer needs PyTorch'):
+        peer.main(['--mixer', 'hyena'])
+
+
+@pytest.mark.parametrize('mixer', ['base_conv', 'hyena'])
+def test_models_are_those_of_the_peer(mixer):
+    """Two whole models with the peer's weights, by the mapping of golden/make_mqar.py."""
+    with np.load(GOLDEN / 'mqar.npz') as file:
+        golden = {k.split('/', 1)[1]: v for k, v in file.items() if k.startswith(f'{mixer}/')}
+    (config, *_) = configs(Cell(mixer, 64, 8), rows=512, held_out=64, epochs=2, vocab_size=64)
+    runtime = Runtime(as_dict(config))
+    with parallel.mesh_context(runtime.mesh, runtime.rules):
+        state = runtime.initial_state()
+
+        def place(path, leaf):
+            ours = golden.pop('params/' + '/'.join(str(k.key) for k in path))
+            return jnp.asarray(ours).reshape(leaf.shape)  # layers are stacked: one a segment
+
+        params = jax.tree_util.tree_map_with_path(place, state['params'])
+        model = models.merge(runtime.built.graphdef, {**state, 'params': params})
+        tokens, at = (jnp.asarray(golden.pop(n)) for n in ('tokens', 'at'))
+        hidden, _ = model(tokens, SeqInfo.of(*tokens.shape))
+        hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
+        got = hidden @ params['embedding']['table'].T
+    # float32 on both sides, logits up to 10, through products of activations.
+    np.testing.assert_allclose(got, golden.pop('logits'), atol=1e-4)
+    assert not golden

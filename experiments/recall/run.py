@@ -6,16 +6,18 @@
 
 The four learning rates of a cell train as one compiled step, and an epoch is one call; a cell ends
 early where a rate has passed 99 %. Each finished cell is a line of results/cells.jsonl, which is
-never made again.
+never made again. With one process a GPU (CUDA_VISIBLE_DEVICES=0, 1, ...) the GPUs share the cells.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import datetime
+import itertools
 import json
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,11 +30,13 @@ from experiments.recall.cells import (
     LENGTHS,
     MIXERS,
     RATES,
+    VARIANTS,
     WIDTHS,
     Cell,
     configs,
     order,
 )
+from experiments.recall.claims import Claims
 from experiments.recall.train import Lanes
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -75,7 +79,8 @@ def run_cell(lanes: Lanes, cell: Cell, until: float = float('inf')) -> dict[str,
 def sweep(cells: Sequence[Cell], file: pathlib.Path, until: float, **changes: Any) -> None:
     """Runs cells and appends each result to a file at once.
 
-    While one trains, the next two are compiled. A cell that would not end in time is left out.
+    While one trains, the next ones are compiled. Left out are cells that would not end in time,
+    and those that another process on this machine is at.
 
     Args:
       cells: what is missing, in order.
@@ -83,28 +88,48 @@ def sweep(cells: Sequence[Cell], file: pathlib.Path, until: float, **changes: An
       until: seconds of `time.monotonic()`.
       **changes: see `cells.configs`.
     """
-    epochs = changes.get('epochs', EPOCHS)
+    epochs, claims = changes.get('epochs', EPOCHS), Claims(file.parent / 'claims')
 
     def prepare(cell: Cell) -> Lanes:
         return Lanes(configs(cell, **changes), epochs)
 
+    def taken() -> Iterator[Cell]:
+        for cell in cells:
+            if claims.take(cell):
+                if cell not in {key(row) for row in read(file)}:
+                    yield cell
+                else:
+                    claims.release(cell)
+
+    left, ahead = taken(), collections.deque[tuple[Cell, Any]]()
     with concurrent.futures.ThreadPoolExecutor(AHEAD) as pool:
-        ahead = [pool.submit(prepare, cell) for cell in cells[:AHEAD]]
-        for n, cell in enumerate(cells):
-            lanes = ahead.pop(0).result()
-            if time.monotonic() > until:
-                print('time is up; the same command goes on', flush=True)
-                return
-            ahead += [pool.submit(prepare, c) for c in cells[n + AHEAD : n + AHEAD + 1]]
-            row = run_cell(lanes, cell, until)
-            del lanes
-            if row is None:
-                print(f'{cell}: left out, it would not end in time', flush=True)
-                continue
-            with file.open('a') as f:
-                f.write(json.dumps(row) + '\n')
-            published = '' if cell.published is None else f' (published {cell.published:.2f})'
-            print(f'{cell}: {row["accuracy"]:.3f}{published}, {row["seconds"]} s', flush=True)
+        try:
+            ahead.extend((c, pool.submit(prepare, c)) for c in itertools.islice(left, AHEAD))
+            while ahead:
+                lanes = ahead[0][1].result()
+                if time.monotonic() > until:
+                    print('time is up; the same command goes on', flush=True)
+                    return
+                ahead.extend((c, pool.submit(prepare, c)) for c in itertools.islice(left, 1))
+                cell = ahead[0][0]
+                keep(cell, run_cell(lanes, cell, until), file)
+                del lanes
+                claims.release(ahead.popleft()[0])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for cell, _ in ahead:
+                claims.release(cell)
+
+
+def keep(cell: Cell, row: Mapping[str, Any] | None, file: pathlib.Path) -> None:
+    """Appends a cell's result to a file and says it; None is a cell without one."""
+    if row is None:
+        print(f'{cell}: left out, it would not end in time', flush=True)
+        return
+    with file.open('a') as f:
+        f.write(json.dumps(row) + '\n')
+    published = '' if cell.published is None else f' (published {cell.published:.2f})'
+    print(f'{cell}: {row["accuracy"]:.3f}{published}, {row["seconds"]} s', flush=True)
 
 
 def read(file: pathlib.Path) -> list[dict[str, Any]]:
@@ -125,7 +150,8 @@ def key(row: Mapping[str, Any]) -> Cell:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--mixers', nargs='+', choices=list(MIXERS), default=list(MIXERS))
+    names = [*MIXERS, *VARIANTS]
+    parser.add_argument('--mixers', nargs='+', choices=names, default=list(MIXERS))
     parser.add_argument('--lengths', nargs='+', type=int, choices=list(LENGTHS), default=[*LENGTHS])
     parser.add_argument('--widths', nargs='+', type=int, choices=WIDTHS, default=list(WIDTHS))
     parser.add_argument('--minutes', type=float, default=0.0, help='stop after this long; 0: never')
@@ -136,13 +162,10 @@ def main() -> None:
     if not args.report:
         args.results.mkdir(parents=True, exist_ok=True)
         until = time.monotonic() + 60 * args.minutes if args.minutes else float('inf')
-        done = {key(row) for row in read(file)}
-        wanted = [
-            c
-            for c in order()
-            if c.mixer in args.mixers and c.length in args.lengths and c.width in args.widths
-        ]
-        sweep([c for c in wanted if c not in done], file, until)
+        cells = order(args.mixers)
+        sweep(
+            [c for c in cells if c.length in args.lengths and c.width in args.widths], file, until
+        )
     rows = read(file)
     if rows:
         print(page.write(rows, args.results))

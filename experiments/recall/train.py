@@ -80,8 +80,7 @@ class Lanes:
           enough: an accuracy.
 
         Returns:
-          What was found; None where the epochs would not end in time. This is said as soon as it
-          shows, after an eighth of them.
+          What was found; None where the epochs would not end in time, said after two of them.
         """
         started = time.monotonic()
         for epoch in range(self.epochs):
@@ -95,7 +94,7 @@ class Lanes:
                 return found
             now = time.monotonic()
             end = started + (now - started) / found.epochs * self.epochs
-            late = found.epochs >= self.epochs / 8 and end > until
+            late = found.epochs >= 2 and end > until
             if found.epochs < self.epochs and (late or now > until):
                 return None
         return found

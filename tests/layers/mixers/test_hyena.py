@@ -51,6 +51,16 @@ def test_filters_fade_and_their_network_is_left_alone():
     assert all(m.no_decay and m.keep_fp32 for m in meta.values())
 
 
+def test_filters_may_start_near_0():
+    mixer = make(max_len=64, filter_std=0.02)
+    assert np.abs(mixer.filter(64, jnp.float32)).max() < 1e-3  # four layers of 0.02 sqrt(64)
+    assert not np.any(mixer.filter.hidden_bias[...]) and not np.any(mixer.filter.first_bias[...])
+    assert np.std(mixer.filter.hidden[...]) == pytest.approx(0.02, rel=0.05)
+    assert np.abs(make(max_len=64).filter(64, jnp.float32)).max() > 0.03
+    with pytest.raises(ConfigError, match='hyena: filter_std must be above 0 or None, got 0'):
+        make(filter_std=0)
+
+
 def test_what_it_refuses():
     with pytest.raises(ConfigError, match='hyena is causal'):
         make(causal=False)
