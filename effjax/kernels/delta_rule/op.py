@@ -31,8 +31,9 @@ def delta_rule(
         S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,    o_t = scale q_t S_t,
 
     with a_t = exp(log_decay_t). For a stable recurrence keys have norm 1 and beta lies in (0, 1),
-    or (0, 2) where eigenvalues may be negative; neither is enforced. All arithmetic is float32
-    (float64 for float64 inputs). With documents, each begins with a state of 0, the row's first
+    or (0, 2) where eigenvalues may be negative; neither is enforced. 'xla' works in
+    float32 throughout (float64 for float64 inputs); the kernels form products in the inputs' dtype,
+    with sums and states in float32. With documents, each begins with a state of 0, the row's first
     one with the initial state; padding neither reads, decays nor writes, and gives 0.
 
     Args:
