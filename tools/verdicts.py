@@ -2,8 +2,9 @@
 
 Usage: python tools/verdicts.py [ID ...]          (a test says when it is due)
 
-It reads experiments/*/results/analysis.json and effjax/methods.toml. Of the latter it sets the
-verdicts of the methods that a study measured. An ID makes the card of a method that has none.
+It reads experiments/*/results/analysis.json and facts.json, and effjax/methods.toml. Of the latter
+it sets the verdicts of the methods that a study measured. An ID makes the card of a method that
+has none.
 """
 
 import pathlib
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from effjax.core.command import run_command
-from effjax.study import card, markdown
+from effjax.study import card, facts, markdown
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -26,14 +27,15 @@ def pages(new: Sequence[str] = (), root: pathlib.Path = ROOT) -> dict[pathlib.Pa
     catalogue, folder = root / 'effjax' / 'methods.toml', root / 'docs' / 'methods'
     methods, studies = card.catalogue(catalogue), card.stored(root)
     card.check(methods, studies)
+    also = facts.stored(root, methods)
     verdicts = {name: card.verdict(name, studies, methods) for name in methods}
     wanted = {f.stem for f in folder.glob('*.md')} - {'README'} | set(new)
-    wanted |= {name for name in methods if card.measured(name, studies)}
+    wanted |= {name for name in methods if card.measured(name, studies)} | set(also)
     cards = {}
     for name in sorted(wanted, key=[*methods, *sorted(wanted)].index):
         file = folder / f'{name}.md'
         text = file.read_text(encoding='utf-8') if file.is_file() else ''
-        cards[name] = card.render(name, studies, text, methods)
+        cards[name] = card.render(name, studies, text, methods, also.get(name, ()))
     index = folder / 'README.md'
     titles = {name: card.title(text) for name, text in cards.items()}
     return {

@@ -152,6 +152,7 @@ def render(
     analyses: Studies,
     existing_text: str = '',
     methods: Mapping[str, Mapping[str, Any]] | None = None,
+    facts: Sequence[str] = (),
 ) -> str:
     """Returns a method card: the verdict, what a person wrote, and what was measured.
 
@@ -160,6 +161,7 @@ def render(
       analyses: the published studies; those without this method are passed over.
       existing_text: the card as it stands; '' makes one from the catalogue's row.
       methods: the catalogue; None reads it.
+      facts: lines of what else was measured of it, from `facts.stored`.
 
     Raises:
       StudyError: an unknown method, or a card with one of its two markers missing.
@@ -169,7 +171,7 @@ def render(
         raise StudyError(f'no method {method_id!r}.' + suggest(method_id, methods))
     prose = _prose(method_id, existing_text) if existing_text.strip() else _new(methods[method_id])
     line = f'**Verdict.** {verdict(method_id, analyses, methods)}. {_BY}'
-    return '\n'.join([line, '', prose.strip(), '', *_measured(method_id, analyses), ''])
+    return '\n'.join([line, '', prose.strip(), '', *_measured(method_id, analyses, facts), ''])
 
 
 def verdicts_page(
@@ -294,7 +296,7 @@ def _new(row: Mapping[str, Any]) -> str:
     )
 
 
-def _measured(method_id: str, analyses: Studies) -> list[str]:
+def _measured(method_id: str, analyses: Studies, facts: Sequence[str]) -> list[str]:
     found = measured(method_id, analyses)
     out = [BEGIN, '', '## Measured', '']
     if not found:
@@ -306,6 +308,8 @@ def _measured(method_id: str, analyses: Studies) -> list[str]:
     for folder in dict.fromkeys(folder for folder, _, _ in found):
         mine = [c for at, _, c in found if at == folder]
         out += _study(folder, dataclasses.replace(analyses[folder], comparisons=mine))
+    if facts:
+        out += ['Also measured:', '', *facts, '']
     return [*out, END]
 
 

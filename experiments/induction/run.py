@@ -1,14 +1,16 @@
 """Induction heads: trained on rows of 256 tokens, tested on rows of 64 to 16,384 by passing state.
 
-    python -m experiments.induction.run --mixers mamba attention --out runs/induction
+    python -m experiments.induction.run --mixers mamba attention --out runs/induction --publish
 
 Mamba's section 4.1.2 (arXiv 2312.00752): a trigger stands somewhere in a row of random tokens and
 again at its end, and what followed it must be said. Two layers of width 64. Longer rows are read in
 pieces, the decoding state going from one to the next, so that the test also holds the states to the
-parallel form. A mixer whose run is in --out already is not trained again.
+parallel form. A mixer whose run is in --out already is not trained again. --publish keeps what was
+found in results/results.json, and for the methods' cards.
 """
 
 import argparse
+import datetime
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -21,10 +23,13 @@ import numpy as np
 from effjax.core.config import as_dict, defaults, finish
 from effjax.data.sources.induction import Induction
 from effjax.models import merge
+from effjax.study import facts
+from effjax.training.files import write_json_atomic
 from effjax.training.loop import Trainer
 
 LENGTH, WIDTH, VOCABULARY = 256, 64, 16
 TESTED = tuple(2**k for k in range(6, 15))
+RESULTS = pathlib.Path(__file__).parent / 'results'
 # name -> (model keys, learning rate): the better one of the paper's 2e-4 and 1e-3 (appendix E.1, by
 # which attention and Hyena do not learn at 1e-3), and that of Mamba for those it does not train.
 MIXERS: dict[str, tuple[dict[str, Any], float]] = {
@@ -39,6 +44,12 @@ MIXERS: dict[str, tuple[dict[str, Any], float]] = {
     'gated_deltanet': (
         {'mixer': {'kind': 'gated_deltanet', 'heads': 2}, 'positions': {'kind': 'none'}}, 1e-3
     ),
+}  # fmt: skip
+
+# mixer -> method of the catalogue whose card says what was found
+METHODS = {
+    'mamba': 'mamba', 'attention': 'self-attention', 'h3': 'h3', 'hyena': 'hyena',
+    'mamba2': 'mamba2', 'gated_deltanet': 'gated-deltanet',
 }  # fmt: skip
 
 
@@ -115,13 +126,38 @@ def run_mixer(name: str, folder: pathlib.Path, args: argparse.Namespace) -> dict
     }
     return {
         'mixer': name,
+        'rate': MIXERS[name][1],
         'params': trainer.runtime.params,
         'rows_seen': trainer.ledger.examples,
         'valid': trainer.results['valid']['accuracy'],
         'tested': tested,
         'device': jax.devices()[0].device_kind,
         'jax': jax.__version__,
+        'date': datetime.date.today().isoformat(),
     }
+
+
+def publish(results: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> None:
+    """Keeps results, the newest of each mixer and rate, and what their cards say.
+
+    Args:
+      results: rows of `run_mixer`.
+      folder: `experiments/induction/results`.
+    """
+    file = folder / 'results.json'
+    kept = json.loads(file.read_text()) if file.exists() else []
+    rows = {(r['mixer'], r['rate']): r for r in (*kept, *results)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(file, list(rows.values()))
+    chosen = [r for (name, rate), r in rows.items() if rate == MIXERS[name][1] and name in METHODS]
+    lines = {}
+    for r in chosen:
+        found = ', '.join(f'{v:.2f} at {n}' for n, v in r['tested'].items() if int(n) >= LENGTH)
+        lines[METHODS[r['mixer']]] = f'accuracy by length of the row: {found}'
+    if lines:
+        what = f'Induction heads, trained on {LENGTH} tokens'
+        date = max(r['date'] for r in chosen)
+        facts.write(folder, what, chosen[-1]['device'], date, lines)
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -144,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--rows', type=int, default=512, help='rows tested at each length, at most')
     parser.add_argument('--piece', type=int, default=1024, help='tokens read at once')
     parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/induction'))
+    parser.add_argument('--publish', action='store_true', help='into experiments/induction/results')
     parser.add_argument('--data', type=json.loads, default={}, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     results = []
@@ -160,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         results.append(result)
         print(f'{name}: {json.dumps(result["tested"])}', flush=True)
     print(table(results))
+    if args.publish:
+        publish(results, RESULTS)
 
 
 if __name__ == '__main__':

@@ -5,9 +5,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from effjax.costs import svg
+from effjax.study import facts
 from experiments.recall.cells import LENGTHS, MIXERS, VARIANTS, WIDTHS, Cell
 
 _NAMES = [*MIXERS, *VARIANTS]
+# mixer -> method of the catalogue whose card says what was found
+METHODS = {
+    'attention': 'self-attention', 'h3': 'h3', 'rwkv4': 'rwkv', 'hyena': 'hyena',
+    'retnet': 'retnet', 'mamba': 'mamba', 'mamba2': 'mamba2', 'gla': 'gla',
+    'gated_deltanet': 'gated-deltanet', 'rwkv7': 'rwkv7', 'based': 'based',
+    'window': 'sparse-attention',
+}  # fmt: skip
 NEAR = 0.05  # a larger difference from a published cell has to be explained
 
 
@@ -81,7 +89,28 @@ def write(rows: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> str:
     text = '\n'.join(out)
     (folder / 'results.md').write_text(text)
     (folder / 'state.svg').write_text(plot(rows))
+    dates = max((r.get('date', '') for r in rows), default='')
+    facts.write(folder, 'Recall, MQAR by the protocol of Zoology', devices, dates, lines(rows))
     return text
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns method -> its accuracies at each length, for its card."""
+    out = {}
+    for mixer, method in METHODS.items():
+        mine = {(r['length'], r['width']): r for r in rows if r['mixer'] == mixer}
+        parts = []
+        for length in LENGTHS:
+            widths = [d for d in WIDTHS if (length, d) in mine]
+            if widths:
+                found = ' / '.join(f'{mine[length, d]["accuracy"]:.2f}' for d in widths)
+                at = f'N = {length}, d = {" / ".join(map(str, widths))}'
+                known = [Cell(mixer, length, d).published for d in widths]
+                published = ' / '.join(f'{p:.2f}' for p in known if p is not None)
+                parts.append(f'{found} at {at}' + (f' (published {published})' * bool(published)))
+        if parts:
+            out[method] = f'accuracy {"; ".join(parts)}'
+    return out
 
 
 def _cell(cell: Cell, row: Mapping[str, Any] | None) -> str:
