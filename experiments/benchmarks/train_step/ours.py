@@ -20,11 +20,11 @@ from effjax.tasks.next_token import NextToken
 from effjax.training import optimizers, step
 from effjax.training import state as state_lib
 from effjax.training.compiled import compile_train
-from experiments.benchmarks.train_step.shapes import BATCHES, SHAPES, Shape
+from experiments.benchmarks.train_step.shapes import BATCHES, CONV, RANK, SHAPES, STATE, Shape
 
 
 def config_of(shape: Shape, *overrides: str) -> dict:
-    """Returns the config of a shape: a Llama-like decoder, AdamW, bf16 with fp32 master weights."""
+    """Returns the config of a shape: a decoder, AdamW, bf16 with fp32 master weights."""
     config = config_lib.defaults()
     config.steps = 1
     config.batch_size, config.seq_len = shape.batch, shape.length
@@ -33,13 +33,25 @@ def config_of(shape: Shape, *overrides: str) -> dict:
         'vocab_size': shape.vocab,
         'width': shape.width,
         'layers': shape.layers,
-        'mixer': {'kind': 'attention', 'heads': shape.heads, 'head_dim': shape.head_dim},
-        'ffn': {'kind': 'swiglu', 'hidden': shape.hidden},
+        'mixer': mixer_of(shape),
+        'ffn': {'kind': 'swiglu', 'hidden': shape.hidden} if shape.hidden else None,
         'tied': False,
     }
+    if shape.mixer != 'attention':  # these need no positions; RetNet turns queries and keys itself
+        config.model.positions = {'kind': 'none'}
     config.optimizer = {'kind': 'adamw', 'b1': 0.9, 'b2': 0.95, 'weight_decay': 0.1}
     config.clip_norm = 0.0  # the peers clip nothing
     return config_lib.as_dict(config_lib.finish(config, overrides))
+
+
+def mixer_of(shape: Shape) -> dict:
+    """Returns the mixer's block of a shape."""
+    if shape.mixer == 'mamba2':
+        return {'kind': 'mamba2', 'head_dim': shape.head_dim, 'state': STATE, 'conv': CONV}
+    mixer = {'kind': shape.mixer, 'heads': shape.heads}
+    if shape.mixer == 'attention':
+        return mixer | {'head_dim': shape.head_dim}
+    return mixer | ({'rank': RANK} if shape.mixer == 'gla' else {})
 
 
 def compiled_step(shape: Shape, *overrides: str):

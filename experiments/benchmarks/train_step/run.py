@@ -3,8 +3,10 @@
     python -m experiments.benchmarks.train_step.run [--shapes 374m 1.36b 374m_long] [--out FILE]
 
 Each program runs in a process of its own, one after another, so that none inherits another's
-memory or clocks. `plain_jax` runs with XLA's default products and with cuBLASLt's; the better one
-is the peer. Needs the `cuda` and `hf` extras. Results: README.md beside this file.
+memory or clocks. `plain_jax` and `jla` run with XLA's default products and with cuBLASLt's; the
+better one is the peer. A program that has no form of a shape is skipped. Needs the `cuda` and `hf`
+extras, and for recurrent shapes what peers/fla.py and peers/jla.py name. Results: README.md beside
+this file.
 """
 
 import argparse
@@ -14,25 +16,41 @@ import pathlib
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 from experiments.benchmarks.train_step.shapes import SHAPES
 
 CUBLASLT = '--xla_gpu_enable_cublaslt=true --xla_gpu_enable_triton_gemm=false'
+RECURRENT = ('retnet', 'gla', 'mamba2')
+
+
+class Program(NamedTuple):
+    """A module of this folder, the mixers that it has, its own options, and XLA's flags."""
+
+    module: str
+    mixers: tuple[str, ...] = ('attention',)
+    options: tuple[str, ...] = ()
+    flags: str = ''
+
+
 PROGRAMS = {
-    'effjax': ('experiments.benchmarks.train_step.ours', ''),
-    'plain_jax': ('experiments.benchmarks.train_step.peers.plain_jax', ''),
-    'plain_jax_lt': ('experiments.benchmarks.train_step.peers.plain_jax', CUBLASLT),
-    'hf': ('experiments.benchmarks.train_step.peers.hf', ''),
+    'effjax': Program('ours', ('attention', *RECURRENT)),
+    'plain_jax': Program('peers.plain_jax'),
+    'plain_jax_lt': Program('peers.plain_jax', flags=CUBLASLT),
+    'hf': Program('peers.hf'),
+    'fla': Program('peers.fla', RECURRENT),
+    'fla_autocast': Program('peers.fla', RECURRENT, ('--precision=autocast',)),
+    'fla_compile': Program('peers.fla', RECURRENT, ('--compile',)),
+    'jla': Program('peers.jla', RECURRENT),
+    'jla_lt': Program('peers.jla', RECURRENT, flags=CUBLASLT),
 }
 
 
 def measure(program: str, shape: str, steps: int, rounds: int, limit: float) -> dict | None:
     """Runs one program in a process of its own; returns what it printed, or None if it failed."""
-    module, flags = PROGRAMS[program]
-    command = [sys.executable, '-m', module, '--shape', shape]
-    command += ['--steps', str(steps), '--rounds', str(rounds)]
-    if shape == 'smoke':
-        command.append('--smoke')
+    module, _, options, flags = PROGRAMS[program]
+    command = [sys.executable, '-m', f'experiments.benchmarks.train_step.{module}']
+    command += ['--shape', shape, '--steps', str(steps), '--rounds', str(rounds), *options]
     env = {**os.environ, 'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flags}'.strip()}
     try:
         done = subprocess.run(
@@ -47,21 +65,53 @@ def measure(program: str, shape: str, steps: int, rounds: int, limit: float) -> 
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def skips(program: str, shape: str) -> str | None:
+    """Says why a program has no form of a shape; None where it has one."""
+    mixers = PROGRAMS[program].mixers
+    if SHAPES[shape].mixer in mixers:
+        return None
+    return f'{shape} {program}: skipped, it has {", ".join(mixers)} and no {SHAPES[shape].mixer}'
+
+
+def attention_of(results: dict[str, dict[str, dict]], shape: str) -> float | None:
+    """Returns tok/s of our attention model on rows of this recurrent shape's length, if it ran.
+
+    Of several such models it is the one whose parameters come closest.
+    """
+    wanted = SHAPES[shape]
+    if wanted.mixer == 'attention':
+        return None
+    found = [
+        (abs(SHAPES[name].params - wanted.params), programs['effjax']['tok_s'])
+        for name, programs in results.items()
+        if SHAPES[name].mixer == 'attention'
+        and (SHAPES[name].batch, SHAPES[name].length) == (wanted.batch, wanted.length)
+        and 'effjax' in programs
+    ]
+    return min(found)[1] if found else None
+
+
 def table(results: dict[str, dict[str, dict]]) -> str:
-    """Returns a Markdown table: tokens a second, peak memory, and our ratio to each program."""
+    """Returns a Markdown table: tokens a second, peak memory, parameters, and two ratios.
+
+    The ratios are of ours to each program, and to our attention model on rows of the same length.
+    """
     lines = [
-        '| shape | program | tok/s | step ms (rounds) | peak GiB | effjax / it |',
-        '|---|---|---|---|---|---|',
+        '| shape | program | tok/s | step ms (rounds) | peak GiB | parameters | effjax / it '
+        '| effjax / our attention |',
+        '|---|---|---|---|---|---|---|---|',
     ]
     for shape, programs in results.items():
         ours = programs.get('effjax', {}).get('tok_s')
+        attention = attention_of(results, shape)
         for name, r in programs.items():
             ratio = f'{ours / r["tok_s"]:.3f}' if ours else ''
             rounds = ', '.join(f'{1e3 * s:.1f}' for s in r['rounds_s'])
             peak = f'{r["peak_bytes"] / 2**30:.1f}' if r['peak_bytes'] else ''
+            beside = f'{r["tok_s"] / attention:.3f}' if attention and name == 'effjax' else ''
             lines.append(
                 f'| {shape} | {name} | {r["tok_s"]:,.0f} | {1e3 * r["step_s"]:.1f} ({rounds}) '
-                f'| {peak} | {ratio} |'
+                f'| {peak} | {r["params"]:,} | {ratio} | {beside} |'
             )
     return '\n'.join(lines)
 
@@ -78,6 +128,9 @@ def main() -> None:
     results: dict[str, dict[str, dict]] = {}
     for shape in args.shapes:
         for program in args.programs:
+            if (why := skips(program, shape)) is not None:
+                print(why, flush=True)
+                continue
             started = time.perf_counter()
             found = measure(program, shape, args.steps, args.rounds, args.limit)
             spent = time.perf_counter() - started

@@ -11,12 +11,10 @@ Random initialisation from a config, fp32 master weights with bf16 autocast, fus
 """
 
 import argparse
-import itertools
 import json
-import statistics
-import time
 
-from experiments.benchmarks.train_step.shapes import BATCHES, SHAPES, Shape
+from experiments.benchmarks.train_step.peers import torch_clock
+from experiments.benchmarks.train_step.shapes import SHAPES, Shape, having
 
 
 def causal_attention(module, query, key, value, mask, scaling=None, **unused):
@@ -73,64 +71,29 @@ def bench(shape: Shape, steps: int, rounds: int = 5, attention: str = 'causal') 
       attention: 'causal' or 'stock', see above.
 
     Returns:
-      tok_s (tokens a second), step_s and rounds_s (seconds a step), compile_s (the first steps,
-      which compile), peak_bytes (largest allocation since then; None on a CPU), loss after the
-      last step, params.
+      What `torch_clock.time_steps` measures, and params.
     """
     import torch
 
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    torch.manual_seed(0)
-    torch.set_float32_matmul_precision('high')
+    device = torch_clock.prepare()
     model, optimizer = build(shape, device, attention)
     forward = torch.compile(model)
-    # More batches than it could learn by heart: products run faster on vanishing gradients.
-    batches = torch.randint(shape.vocab, (BATCHES, shape.batch, shape.length), device=device)
-    taken = itertools.cycle(batches)
 
-    def step() -> torch.Tensor:
-        tokens = next(taken)
+    def step(tokens_BT: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16):
-            loss = forward(input_ids=tokens, labels=tokens).loss
+            loss = forward(input_ids=tokens_BT, labels=tokens_BT).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def wait() -> None:
-        if device == 'cuda':
-            torch.cuda.synchronize()
-
-    def timed(count: int) -> tuple[float, torch.Tensor]:
-        wait()
-        started = time.perf_counter()
-        for _ in range(count):
-            loss = step()
-        wait()
-        return time.perf_counter() - started, loss
-
-    compile_s, _ = timed(2)
-    timed(min(steps, 3))
-    if device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(rounds):
-        elapsed, loss = timed(steps)
-        seconds.append(elapsed / steps)
-    return {
-        'tok_s': shape.tokens / statistics.median(seconds),
-        'step_s': statistics.median(seconds),
-        'rounds_s': seconds,
-        'compile_s': compile_s,
-        'peak_bytes': torch.cuda.max_memory_allocated() if device == 'cuda' else None,
-        'loss': float(loss),
-        'params': sum(p.numel() for p in model.parameters()),
-    }
+    found = torch_clock.time_steps(step, shape, device, steps, rounds)
+    return found | {'params': sum(p.numel() for p in model.parameters())}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--shape', choices=SHAPES, default='374m')
+    parser.add_argument('--shape', choices=having('attention'), default='374m')
     parser.add_argument('--steps', type=int, default=10)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--attention', choices=('causal', 'stock'), default='causal')

@@ -12,12 +12,14 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.benchmarks.train_step.shapes import BATCHES, SHAPES, Shape
+from experiments.benchmarks.train_step.shapes import BATCHES, SHAPES, Shape, having
 
 
 def init(key: jax.Array, s: Shape) -> dict:
@@ -83,9 +85,17 @@ def loss_fn(params: dict, tokens_BT: jax.Array, s: Shape) -> jax.Array:
 
 
 def bench(shape: Shape, steps: int, rounds: int = 5) -> dict:
-    """Times the training step on random tokens.
+    """Times the training step on random tokens; see `time_steps`."""
+    params = jax.jit(init, static_argnums=1)(jax.random.key(0), shape)
+    return time_steps(lambda p, tokens: loss_fn(p, tokens, shape), params, shape, steps, rounds)
+
+
+def time_steps(loss: Callable, params: Any, shape: Shape, steps: int, rounds: int) -> dict:
+    """Times AdamW steps on random tokens.
 
     Args:
+      loss: the mean loss of (parameters, token ids int32 `[B, T + 1]`), a scalar.
+      params: fp32 parameters, a pytree of arrays; they are donated.
       shape: model and batch.
       steps: steps a round; the device is waited for once a round.
       rounds: the result is their median.
@@ -98,11 +108,10 @@ def bench(shape: Shape, steps: int, rounds: int = 5) -> dict:
     optimizer = optax.adamw(3e-4, b1=0.9, b2=0.95, weight_decay=0.1)
 
     def step(params, moments, tokens):
-        loss, grads = jax.value_and_grad(loss_fn)(params, tokens, shape)
+        value, grads = jax.value_and_grad(loss)(params, tokens)
         updates, moments = optimizer.update(grads, moments, params)
-        return optax.apply_updates(params, updates), moments, loss
+        return optax.apply_updates(params, updates), moments, value
 
-    params = jax.jit(init, static_argnums=1)(jax.random.key(0), shape)
     moments = jax.jit(optimizer.init)(params)
     # More batches than it could learn by heart: products run faster on vanishing gradients.
     batches = jax.random.randint(
@@ -116,8 +125,8 @@ def bench(shape: Shape, steps: int, rounds: int = 5) -> dict:
     for r in range(rounds + 1):  # the first round warms up
         started = time.perf_counter()
         for _ in range(steps if r else min(steps, 3)):
-            params, moments, loss = compiled(params, moments, next(taken))
-        loss.block_until_ready()
+            params, moments, value = compiled(params, moments, next(taken))
+        value.block_until_ready()
         seconds.append((time.perf_counter() - started) / steps)
     memory = compiled.memory_analysis()
     stats = jax.devices()[0].memory_stats() or {}
@@ -128,14 +137,14 @@ def bench(shape: Shape, steps: int, rounds: int = 5) -> dict:
         'compile_s': compile_s,
         'peak_bytes': memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         'device_peak_bytes': stats.get('peak_bytes_in_use'),
-        'loss': float(loss),
+        'loss': float(value),
         'params': sum(p.size for p in jax.tree.leaves(params)),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--shape', choices=SHAPES, default='374m')
+    parser.add_argument('--shape', choices=having('attention'), default='374m')
     parser.add_argument('--steps', type=int, default=10)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--smoke', action='store_true', help='a tiny shape, for a CPU')
