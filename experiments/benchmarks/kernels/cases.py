@@ -12,6 +12,7 @@ import numpy as np
 from effjax.kernels import (
     MaskSpec,
     attention,
+    delta_rule,
     diagonal_scan,
     grouped_product,
     linear_recurrence,
@@ -70,7 +71,13 @@ def _bytes(x: Any) -> int:
 def recurrence(
     decay: str, b: int, t: int, h: int, k: int, v: int, *, groups: int | None = None
 ) -> Case:
-    """A linear recurrence in bfloat16, [B, T, H, K] keys and [B, T, H, V] values."""
+    """A linear recurrence in bfloat16, [B, T, H, K] keys and [B, T, H, V] values.
+
+    Args:
+      decay: 'none', 'scalar', 'vector', or 'fixed': RetNet's, a constant a head.
+      b, t, h, k, v: sizes.
+      groups: query heads, if fewer than h.
+    """
     g = groups or h
 
     def make(key: jax.Array) -> Arrays:
@@ -78,12 +85,15 @@ def recurrence(
         q, key_ = (_normal(x, (b, t, g, k)) * k**-0.5 for x in keys[:2])
         decays = {'scalar': (b, t, h), 'vector': (b, t, h, k)}
         arrays = (q, key_, _normal(keys[2], (b, t, h, v)))
-        if decay == 'none':
+        if decay not in decays:
             return arrays
         return (*arrays, -jax.nn.softplus(_normal(keys[3], decays[decay], jnp.float32) - 2))
 
+    fixed = np.log1p(-(2.0 ** -(5.0 + np.arange(h)))).astype(np.float32)
+    context = {'log_decay': fixed} if decay == 'fixed' else {}
+
     def run(implementation: str | None, *arrays: jax.Array) -> jax.Array:
-        return linear_recurrence(*arrays, implementation=implementation)
+        return linear_recurrence(*arrays, **context, implementation=implementation)
 
     state, tokens = k * v, float(b * t)
     within = h * v + g * k  # scores once a query head, values once a value head
@@ -96,6 +106,44 @@ def recurrence(
         (
             tokens * (2 * CHUNK * within + 4 * h * state),
             tokens * (2 * CHUNK * (2 * h * v + 3 * g * k) + 8 * h * state),
+        ),
+        context,
+    )
+
+
+def delta(b: int, t: int, h: int, k: int, v: int) -> Case:
+    """The gated delta rule in bfloat16, [B, T, H, K] keys of norm 1 and [B, T, H, V] values.
+
+    Its floor counts the products of a chunk's queries and keys with its keys and values, those with
+    the state, and one triangular solve a pass, for the columns of values: half a product. The
+    backward pass forms the weights of pairs anew, and keeps what tokens wrote.
+    """
+
+    def make(key: jax.Array) -> Arrays:
+        keys = jax.random.split(key, 5)
+        key_ = _normal(keys[1], (b, t, h, k), jnp.float32)
+        key_ = key_ / jnp.linalg.norm(key_, axis=-1, keepdims=True)
+        return (
+            _normal(keys[0], (b, t, h, k)) * k**-0.5,
+            key_.astype(jnp.bfloat16),
+            _normal(keys[2], (b, t, h, v)),
+            jax.nn.sigmoid(_normal(keys[3], (b, t, h), jnp.float32)),
+            -jax.nn.softplus(_normal(keys[4], (b, t, h), jnp.float32) - 3),
+        )
+
+    def run(implementation: str | None, *arrays: jax.Array) -> jax.Array:
+        return delta_rule(*arrays, implementation=implementation)
+
+    tokens, state = float(b * t * h), k * v
+    return Case(
+        'delta rule',
+        f'{b},{t},{h},{k},{v}',
+        make,
+        run,
+        (None, 'xla'),
+        (
+            tokens * (CHUNK * (4 * k + 3 * v) + 6 * state),
+            tokens * (CHUNK * (12 * k + 7 * v) + 12 * state),
         ),
     )
 
@@ -205,7 +253,9 @@ CASES = (
     recurrence('scalar', 4, 8192, 32, 128, 64),
     recurrence('scalar', 8, 4096, 64, 128, 64, groups=1),
     recurrence('scalar', 8, 4096, 8, 256, 512),
+    recurrence('fixed', 4, 8192, 16, 128, 128),
     recurrence('vector', 4, 8192, 16, 128, 128),
+    delta(4, 8192, 16, 128, 128),
     scan(8, 4096, 2048),
     scan(8, 16384, 2048),
     mamba(8, 2048, 4096, 16),
@@ -219,7 +269,9 @@ CASES = (
 )
 SMALL = (
     recurrence('scalar', 1, 64, 2, 16, 16),
+    recurrence('fixed', 1, 64, 2, 16, 16),
     recurrence('vector', 1, 64, 2, 16, 16),
+    delta(1, 64, 2, 16, 16),
     scan(1, 64, 8),
     mamba(1, 64, 8, 4),
     average(1, 64, 8),

@@ -19,7 +19,7 @@ OTHERS = ('cudnn attention', 'one dense product')
 def jax_peers(case: Case) -> dict[str, Callable[..., jax.Array]]:
     """Returns the peers of a case that are functions of jax arrays, by name."""
     peers: dict[str, Callable[..., jax.Array]] = {}
-    if case.op in ('none decay', 'scalar decay', 'vector decay', 'selective scan'):
+    if case.op.endswith('decay') or case.op in ('delta rule', 'selective scan'):
         peers['jla'] = lambda *arrays: _jla(case, *arrays)
     if case.op == 'diagonal scan':
         peers['associative_scan'] = _associative
@@ -40,9 +40,15 @@ def _jla(case: Case, *arrays: jax.Array) -> jax.Array:
         u, dt, a, write, read = arrays
         dt = dt.astype(u.dtype)  # it takes no other
         return linear_attention('mamba1', read, write, u, dt=dt, a=a, impl='mosaic_gpu')[0]
+    if case.op == 'delta rule':
+        q, k, v, beta, g = arrays
+        gates = {'g': g, 'beta': beta, 'scale': 1.0}
+        return linear_attention('gated_deltanet', q, k, v, **gates, impl='mosaic_gpu')[0]
     q, k, v, *decay = arrays
     kind = 'gla' if case.op == 'vector decay' else 'simple_gla'
-    g = decay[0] if decay else jnp.zeros(v.shape[:3], jnp.float32)
+    # It has neither no decay nor one of a head alone.
+    g = decay[0] if decay else jnp.asarray(case.context.get('log_decay', 0.0), jnp.float32)
+    g = g if decay else jnp.broadcast_to(g, v.shape[:3])
     return linear_attention(kind, q, k, v, g=g, scale=1.0, impl='mosaic_gpu')[0]
 
 
@@ -81,25 +87,8 @@ def fla_times(case: Case, calls: int, rounds: int) -> tuple[float, float]:
     """
     import torch
 
-    if case.op not in ('none decay', 'scalar decay', 'vector decay'):
-        raise NotImplementedError('no such operation')
-    from fla.ops.gla import chunk_gla
-    from fla.ops.linear_attn import chunk_linear_attn
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    arrays = jax.eval_shape(case.make, jax.random.key(0))
-    torch.manual_seed(0)
-    tensors = [
-        torch.randn(x.shape, device='cuda', dtype=getattr(torch, x.dtype.name)) for x in arrays
-    ]
-    if len(tensors) == 4:
-        tensors[3] = -torch.nn.functional.softplus(tensors[3] - 2)
-    leaves = [x.requires_grad_() for x in tensors]
-    op = {
-        'none decay': lambda q, k, v: chunk_linear_attn(q, k, v, scale=1.0, normalize=False),
-        'scalar decay': lambda q, k, v, g: chunk_simple_gla(q, k, v, g, scale=1.0),
-        'vector decay': lambda q, k, v, g: chunk_gla(q, k, v, g, scale=1.0),
-    }[case.op]
+    op = _fla_op(case)
+    leaves = [x.requires_grad_() for x in _fla_tensors(case)]
 
     def forward() -> Any:
         with torch.no_grad():
@@ -112,3 +101,46 @@ def fla_times(case: Case, calls: int, rounds: int) -> tuple[float, float]:
     weight = torch.randn_like(forward())
     wait = lambda _: torch.cuda.synchronize()  # noqa: E731
     return median(forward, wait, calls, rounds), median(both, wait, calls, rounds)
+
+
+def _fla_op(case: Case) -> Callable[..., Any]:
+    """fla's function of a case's arrays, which returns (output, state)."""
+    if case.op == 'none decay':
+        from fla.ops.linear_attn import chunk_linear_attn
+
+        return lambda q, k, v: chunk_linear_attn(q, k, v, scale=1.0, normalize=False)
+    if case.op == 'fixed decay':
+        from fla.ops.retention import chunk_retention  # whose decays are those of the case
+
+        return lambda q, k, v: chunk_retention(q, k, v, scale=1.0)
+    if case.op == 'scalar decay':
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        return lambda q, k, v, g: chunk_simple_gla(q, k, v, g, scale=1.0)
+    if case.op == 'vector decay':
+        from fla.ops.gla import chunk_gla
+
+        return lambda q, k, v, g: chunk_gla(q, k, v, g, scale=1.0)
+    if case.op == 'delta rule':
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        return lambda q, k, v, beta, g: chunk_gated_delta_rule(q, k, v, g, beta, scale=1.0)
+    raise NotImplementedError('no such operation')
+
+
+def _fla_tensors(case: Case) -> list[Any]:
+    """Random tensors of the shapes of a case's arrays, with decays, keys and steps in bounds."""
+    import torch
+
+    functions = torch.nn.functional
+    arrays = jax.eval_shape(case.make, jax.random.key(0))
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(x.shape, device='cuda', dtype=getattr(torch, x.dtype.name)) for x in arrays
+    ]
+    if case.op == 'delta rule':
+        tensors[1] = functions.normalize(tensors[1], dim=-1)
+        tensors[3] = tensors[3].sigmoid()
+    if len(tensors) > 3:
+        tensors[-1] = -functions.softplus(tensors[-1] - 2)
+    return tensors
