@@ -139,6 +139,26 @@ def test_extreme_gates_and_keys_stay_finite_and_right(strength):
     assert all(np.isfinite(g).all() for g in grads)
 
 
+def test_what_a_decay_to_0_stands_before_is_not_lost():
+    """Infinite and huge log-decays beside weak ones, whose plain running sums would drown them."""
+    *qkvb, log_decay, state = inputs(seed=6, length=40)
+    log_decay[:, 3], log_decay[:, 4], log_decay[:, 20] = -np.inf, -3e4, -200.0
+
+    def loss(qkvb, log_decay, implementation):
+        run = functools.partial(delta_rule, initial_state=state, return_state=True)
+        o, last = run(*qkvb, log_decay, chunk=32, implementation=implementation)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(last)), (o, last)
+
+    def grads(implementation):
+        return jit(jax.value_and_grad(lambda *a: loss(*a, implementation), (0, 1), has_aux=True))(
+            qkvb, log_decay
+        )
+
+    for a, b in zip(*map(jax.tree.leaves, (grads('xla'), grads('reference'))), strict=True):
+        # float32 sums of some products of order 1
+        np.testing.assert_allclose(a, b, atol=3e-5, rtol=1e-4)
+
+
 def test_padding_is_never_read():
     q, k, v, beta, log_decay, _ = inputs(5)
     noise = [np.where((SEGMENTS == 0).reshape(B, T, *[1] * (x.ndim - 2)), np.nan, x)

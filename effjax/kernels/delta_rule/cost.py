@@ -68,7 +68,8 @@ def executed_flops(
     # A single token's matrix of keys is all diagonal, which nothing reads.
     inside = size * size * ((4 if size > 1 else 2) * key_dim + 2 * value_dim) + solve
     across = 6 * size * key_dim * value_dim
-    return float(chunks * (inside + across + (size if decay else 0)))
+    sums = 2 * size if decay else 0  # of decays, in two parts
+    return float(chunks * (inside + across + sums))
 
 
 def kernel_flops(call: Any) -> float:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from effjax.kernels.decays import masked_decay, running
 from effjax.kernels.delta_rule.cost import chunk_size
 from effjax.kernels.delta_rule.problem import Problem
 
@@ -92,9 +93,8 @@ def _decays(
     if problem.log_decay is None:
         one = jnp.ones((), problem.q.dtype)
         return one, lower.astype(problem.q.dtype), one, one
-    total = jnp.cumsum(_split(problem.log_decay, size), axis=-1)
-    # Masked before the exponential: above the diagonal it would overflow, and its slope with it.
-    exponent = jnp.where(lower, total[..., :, None] - total[..., None, :], 0)
-    between = jnp.where(lower, jnp.exp(exponent), 0)
-    end = total[..., -1]
-    return jnp.exp(total), between, jnp.exp(end[..., None] - total), jnp.exp(end)
+    total = running(_split(problem.log_decay, size), axis=-1)
+    rows, columns = (total.map(lambda x, at=at: jnp.expand_dims(x, at)) for at in (-1, -2))
+    end = total.map(lambda x: x[..., -1:])
+    between = masked_decay(rows, columns, lower)
+    return total.exp(), between, jnp.exp(end.over(total)), end.exp()[..., 0]
