@@ -94,7 +94,7 @@ def _decays(
         one = jnp.ones((), problem.q.dtype)
         return one, lower.astype(problem.q.dtype), one, one
     total = running(_split(problem.log_decay, size), axis=-1)
-    rows, columns = (total.map(lambda x, at=at: jnp.expand_dims(x, at)) for at in (-1, -2))
+    rows, columns = total.map(lambda x: x[..., :, None]), total.map(lambda x: x[..., None, :])
     end = total.map(lambda x: x[..., -1:])
     between = masked_decay(rows, columns, lower)
     return total.exp(), between, jnp.exp(end.over(total)), end.exp()[..., 0]
