@@ -202,6 +202,7 @@ def test_stored_results_that_are_not_its_own(flags, tmp_path, capsys, what):
     assert not (tmp_path / 'study.json').exists()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('split', ['training', 'held-out'])
 def test_results_of_data_that_changed_are_refused(flags, words, tmp_path, capsys, split):
     sides = {'training': tmp_path / 'train', 'held-out': tmp_path / 'valid'}
@@ -314,6 +315,7 @@ def test_a_metric_brings_its_direction_and_its_evaluation(flags):
     assert plan.arm_config(study, study.baseline)['evals']['test']['batches'] == 32
 
 
+@pytest.mark.ci
 def test_an_arm_of_another_batch_size_is_judged_on_the_same_batches(flags, words):
     def evals(*change, base=()):
         study = study_of(flags(*base, *(f for c in change for f in ('--change', c))))

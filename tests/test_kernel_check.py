@@ -39,6 +39,7 @@ def test_arguments_that_say_nothing(argv, why, capsys):
     assert e.value.code == 2 and why in capsys.readouterr().err
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ('case', 'results', 'least'),
     [

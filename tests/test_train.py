@@ -77,6 +77,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tiny, tmp_path, stop_after)
         assert second.summary['ledger'][key] == whole.summary['ledger'][key]
 
 
+@pytest.mark.ci
 def test_lost_steps_are_done_again_and_booked_as_waste(tiny, tmp_path, monkeypatch):
     whole = train.run(tiny(), tmp_path / 'whole')
     config = tiny('checkpoint.every_steps=2')
@@ -100,6 +101,7 @@ def test_lost_steps_are_done_again_and_booked_as_waste(tiny, tmp_path, monkeypat
     assert wasted['steps'] == 1 and wasted['model_flops'] > 0
 
 
+@pytest.mark.ci
 def test_waste_adds_up_over_kills_between_two_checkpoints(tiny, tmp_path, monkeypatch):
     config, record = tiny('checkpoint.every_steps=4', 'evals={}'), Trainer._record
 
@@ -125,6 +127,7 @@ def test_waste_adds_up_over_kills_between_two_checkpoints(tiny, tmp_path, monkey
     assert [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(('evaluation', 'step'), [(2, 3), (4, 6)])  # in the middle, at the end
 def test_evaluations_that_a_signal_cut_short_are_made_up_for(
     tiny, tmp_path, monkeypatch, evaluation, step
@@ -182,6 +185,7 @@ def test_another_config_is_refused(tiny, tmp_path):
     assert 'seed: 0 there, 7 here' in str(error.value)
 
 
+@pytest.mark.ci
 def test_stages_change_shapes_and_keep_the_state(tiny, tmp_path, stop_after):
     config = tiny(
         stages=(
@@ -202,6 +206,7 @@ def test_stages_change_shapes_and_keep_the_state(tiny, tmp_path, stop_after):
         assert losses(done.workdir) == losses(whole.workdir)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ('budget', 'unit', 'amount'),
     [
@@ -449,6 +454,7 @@ def test_the_last_row_has_its_evaluation_though_a_save_is_due(tiny, tmp_path):
     assert 'eval' in rows(tmp_path)[-1]
 
 
+@pytest.mark.ci
 def test_sequences_may_grow_between_stages(tiny, tmp_path):
     config = tiny('seq_len=16', stages=({'share': 0.5}, {'share': 0.5, 'seq_len': 32}))
     done = train.run(config, tmp_path)
@@ -457,6 +463,7 @@ def test_sequences_may_grow_between_stages(tiny, tmp_path):
     assert done.summary['ledger']['eval']['tokens'] % 32 == 0
 
 
+@pytest.mark.ci
 def test_what_may_change_on_resume_is_told(tiny, tmp_path, words, capfd):
     stages = ({'share': 0.5}, {'share': 0.5, 'batch_size': 16})
     train.run(tiny(stages=stages), tmp_path)

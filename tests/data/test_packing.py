@@ -172,6 +172,7 @@ def test_another_number_of_rows_goes_on_with_the_next_row(kind):
     assert position == end
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('kind', ['pack', 'split'])
 def test_another_seq_len_sees_nothing_twice_and_skips_less_than_a_block(kind):
     stream = make_stream((37,) * 1500)

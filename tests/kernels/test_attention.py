@@ -88,6 +88,7 @@ def test_against_float64_numpy(name):
             assert not np.any(np.asarray(out)[ids == 0])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ('form', 'name'),
     [*[('blocks', name) for name in CALLS], ('band', 'window'), ('band', 'window_segments_cap')],

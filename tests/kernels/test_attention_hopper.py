@@ -75,6 +75,7 @@ CASES = {
 FAST = ('window of documents',)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     'name', [n if n in FAST else pytest.param(n, marks=pytest.mark.ci) for n in CASES]
 )

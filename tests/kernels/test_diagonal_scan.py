@@ -73,6 +73,7 @@ def test_equals_the_equation(implementation, is_complex, reverse):
     assert last_choice('diagonal_scan')['implementation'] == implementation
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
 @pytest.mark.parametrize('is_complex', [False, True], ids=['real', 'complex'])
 def test_on_gpus_a_parallel_prefix_with_the_same_gradients(is_complex, reverse):
@@ -115,6 +116,7 @@ def test_constant_decays_more_channels_and_dtypes():
     assert h.dtype == jnp.bfloat16 and last.dtype == jnp.float32
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
 @pytest.mark.parametrize('is_complex', [False, True], ids=['real', 'complex'])
 def test_gradients_of_inputs_and_states(is_complex, reverse):

@@ -98,6 +98,7 @@ CASES = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(('name', 'segments', 'is_complex', 'reverse'), CASES)
 def test_values_and_gradients_in_the_interpreter(name, segments, is_complex, reverse, monkeypatch):
     monkeypatch.setattr(plan, 'SHARED', 0)  # rings of two blocks, so that they come round

@@ -80,6 +80,7 @@ def test_a_loop_over_queries(length, radius, documents, second, implementation):
         assert last_choice('labelled_attention')['form'] == ('band' if length > 100 else 'dense')
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(('length', 'radius', 'documents', 'second'), CASES)
 def test_gradients_equal_the_references_in_float64(length, radius, documents, second):
     """Of queries, keys, values, both tables and the second sequence."""

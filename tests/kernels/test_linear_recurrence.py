@@ -99,6 +99,7 @@ def test_equals_the_equation(name, monkeypatch):
         assert last_choice('linear_recurrence')['implementation'] == implementation
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('name', ['head', 'scalar', 'vector', 'none'])
 def test_without_documents_states_and_with_a_scale(name):
     arrays = inputs(**CASES[name], length=70)
@@ -115,6 +116,7 @@ def test_without_documents_states_and_with_a_scale(name):
     np.testing.assert_allclose(np.float32(o), 0.5 * expected, atol=0.3, rtol=0.05)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('name', NAMES)
 def test_gradients_of_inputs_and_states(name, monkeypatch):
     """In chunks and float32 against the token loop in float64, through outputs and last state."""
@@ -138,6 +140,7 @@ def test_gradients_of_inputs_and_states(name, monkeypatch):
     assert not any(np.any(np.asarray(grads[n])[SEGMENTS == 0]) for n in 'qkv')
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('name', ['scalar', 'vector', 'vector_bonus'])
 def test_a_row_may_be_cut_anywhere(name):
     arrays = inputs(**CASES[name], seed=3)
@@ -153,6 +156,7 @@ def test_a_row_may_be_cut_anywhere(name):
         np.testing.assert_allclose(end, last, atol=1e-5)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('name', ['scalar', 'vector', 'vector_bonus'])
 @pytest.mark.parametrize('strength', [0.0, -1e-4, -50.0, -1e30, -np.inf])
 def test_extreme_decays_stay_finite_and_right(name, strength):

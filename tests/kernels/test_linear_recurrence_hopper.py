@@ -115,6 +115,7 @@ FAST = ('scalar', 'vector')
 EVERY = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.ci]) for name in CASES]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('name', EVERY)
 def test_values_and_gradients_in_the_interpreter(name):
     arrays, ids = inputs(name)
@@ -136,6 +137,7 @@ def test_values_and_gradients_in_the_interpreter(name):
 CUT = {'scalar_long': 2, 'scalar': 4, 'rows': 2, 'head': 2, 'none': 2, 'none_documents': 4}
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     'name', [pytest.param(n, marks=[] if n == 'scalar_long' else [pytest.mark.ci]) for n in CUT]
 )

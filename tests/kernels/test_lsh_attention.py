@@ -23,6 +23,7 @@ def inputs(length=LENGTH, rounds=ROUNDS):
     return q, v, jax.random.randint(keys[2], (BATCH, rounds, HEADS, length), 0, BUCKETS)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('chunk', [5, *(pytest.param(n, marks=pytest.mark.ci) for n in (1, 4, 40))])
 @pytest.mark.parametrize('documents', [False, True], ids=['', 'documents'])
 @pytest.mark.parametrize(('by_bucket', 'causal'), MODES)

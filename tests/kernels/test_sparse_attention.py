@@ -106,6 +106,7 @@ def test_masks_mean_what_they_say():
     assert np.any(bird != MaskSpec(True, 1, block=2, random=1, seed=1).dense(64))
 
 
+@pytest.mark.ci
 @COMPILED
 def test_gathered_equals_dense_with_gradients(spec):
     length = 300
@@ -158,6 +159,7 @@ def test_costs_equal_the_walk(spec):
     assert walked.total == cost.executed_flops('xla', 2, length, 4, 3, mask='sparse', spec=spec)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('form', ['dense', 'blocks'])
 @COMPILED
 def test_documents_are_masked_by_their_own_places(spec, form, monkeypatch):
@@ -195,6 +197,7 @@ PACKED = {
 FEW = ('causal longformer', 'causal longnet', 'columns alone')
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     'spec',
     [
@@ -274,6 +277,7 @@ def test_reach_bounds_what_is_near(spec):
     assert furthest < spec.reach <= furthest + max(1, spec.stride or 1)
 
 
+@pytest.mark.ci
 def test_masks_by_head():
     """Row and column heads (MATE), two of each, with grouped keys and values."""
     masks = [SPECS['rows'], SPECS['columns'], SPECS['rows'], SPECS['columns']]

@@ -64,6 +64,7 @@ def inputs(length=256, ids=False):
     return q, k, v, jnp.asarray(np.where(documents > 2, 0, documents), jnp.int32)[None]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ('spec', 'documents'),
     [

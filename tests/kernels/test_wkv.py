@@ -89,6 +89,7 @@ def test_equals_the_equation(implementation, size):
     assert last_choice('wkv')['implementation'] == implementation
 
 
+@pytest.mark.ci
 def test_gradients_of_inputs_and_states():
     """As one scan and in float32 against the token loop in float64."""
     arrays = inputs(seed=1)
@@ -118,6 +119,7 @@ def test_gradients_of_inputs_and_states():
     assert not any(np.any(np.asarray(grads[n])[SEGMENTS == 0]) for n in 'kv')
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('implementation', ['pallas_tpu', 'pallas_gpu'])
 def test_kernels_in_the_interpreter(implementation, interpreted):
     """Values, the state and all gradients against the token loop in float64."""

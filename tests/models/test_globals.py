@@ -110,6 +110,7 @@ def test_what_is_far_is_known_through_global_tokens_alone(fill):
     assert np.all(moved(**hard) > 1e-6)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('remat', ['none', pytest.param('dots', marks=pytest.mark.ci)])
 def test_packed_equals_separate_documents(fill, remat):
     """Hidden states and gradients: global tokens pass nothing on between documents."""
@@ -158,6 +159,7 @@ def test_scanned_unrolled_and_rematerialised_agree(fill):
         np.testing.assert_allclose(other, hidden, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.ci
 def test_the_loss_of_masked_tokens_reads_global_tokens(fill):
     """A training loss in bfloat16, with hidden tokens; its gradient reaches the trained vector."""
     model = build(fill, compute='bfloat16', mixer={**CONFIG['mixer'], 'shared': True})

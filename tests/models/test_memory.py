@@ -128,6 +128,7 @@ def test_it_learns_to_remember(make_decoder, monkeypatch):
     assert right() < 0.25  # 1/8 is chance
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(('truncate', 'reached'), [(None, 0), (3, 3), (2, 2), (1, 3)])
 def test_gradients_stop_where_they_are_cut(make, truncate, reached):
     """The loss of the fourth segment has a gradient in the inputs of segments `reached` to 3."""

@@ -94,6 +94,7 @@ HYBRID = (
 )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ('run', 'config', 'info'),
     [
@@ -134,6 +135,7 @@ def test_a_block_is_undone(make):
     assert not np.allclose(y[0], x[0]) and not np.allclose(y[1], x[1])
 
 
+@pytest.mark.ci
 def test_what_is_kept_does_not_grow_with_depth(make):
     info = SeqInfo.of(16, 16)
     x = jax.ShapeDtypeStruct((16, 16, 16), jnp.float32)

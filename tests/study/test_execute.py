@@ -140,6 +140,7 @@ def test_results_of_another_config_are_refused(study, trained, tmp_path):
         run(dataclasses.replace(study, arms=arms), tmp_path)
 
 
+@pytest.mark.ci
 def test_results_of_another_code_version_are_refused_or_told(study, trained, tmp_path, monkeypatch):
     run(study, tmp_path)
     monkeypatch.setattr(plan, 'code_version', lambda: 'other')
@@ -161,6 +162,7 @@ def test_a_run_that_goes_on_keeps_the_versions_of_its_code(study, repository, tm
     assert store.note(job, tmp_path)['code'] == 'three'
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ('key', 'message'),
     [
@@ -265,6 +267,7 @@ def test_a_failed_run_keeps_its_traceback(study, trained, tmp_path, monkeypatch)
     assert not list(tmp_path.rglob('error.txt'))
 
 
+@pytest.mark.ci
 def test_runs_that_fail_alike_stop_the_study(study, trained, tmp_path, monkeypatch):
     import effjax.training.session as session
 
@@ -283,6 +286,7 @@ def test_runs_that_fail_alike_stop_the_study(study, trained, tmp_path, monkeypat
     assert run(study, tmp_path, retry_failed=True)[0].comparisons[0].verdict == 'win'
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('kind', ['other', 'between', 'diverged'])
 def test_errors_that_differ_or_runs_between_stop_nothing(
     study, trained, tmp_path, monkeypatch, kind

@@ -306,6 +306,7 @@ class TestBudgetRatio:
         assert (found.n, found.bound) == (3, '')
 
     # Coverage of 95 % within 90 to 99 %: 400 studies each have a standard error of 1.1 %.
+    @pytest.mark.ci
     @pytest.mark.parametrize(
         ('saved', 'exponent', 'n', 'correlated'),
         [

@@ -109,6 +109,7 @@ def test_lanes_are_the_runs_they_would_be_alone(tiny, tmp_path, monkeypatch):
     assert times[-1] < times[0]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     'changes',
     [

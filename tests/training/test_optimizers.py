@@ -60,6 +60,7 @@ def _run(optimizer, params, grads_of, steps=3, lr=0.01):
     return params, state
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('kind', sorted(OPTIMIZERS))
 def test_stacked_layers_equal_separate_layers(kind):
     block = {'kind': kind}
@@ -79,6 +80,7 @@ def test_stacked_layers_equal_separate_layers(kind):
     assert max(flatten(moved).values()) > 0
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ('kind', 'reference'),
     [

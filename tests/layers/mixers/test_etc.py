@@ -149,6 +149,7 @@ def test_a_dense_masked_attention_in_numpy(kind, implementation):
     np.testing.assert_allclose(np.where(real_of(info), y, 0), expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     'kind',
     [k if k == 'all said' else pytest.param(k, marks=pytest.mark.ci) for k in KINDS],
