@@ -15,7 +15,12 @@ def get_study() -> Study:
                 ("model.mixer={'kind': 'mamba'}", "model.positions={'kind': 'none'}"),
                 method='mamba',
             ),
-            Arm('retnet', ("model.mixer={'kind': 'retnet', 'heads': 4}",), method='retnet'),
+            Arm(
+                'retnet',
+                ("model.mixer={'kind': 'retnet', 'heads': 4}",),
+                method='retnet',
+                grid=(1e-3, 2e-3, 4e-3, 8e-3),
+            ),
         ),
         axis='model_flops',
         budget=2e14,
