@@ -66,6 +66,7 @@ def test_where_a_mixer_begins_to_win(mine, first, words):
     assert found[0] == first and words in found[1]
 
 
+@pytest.mark.ci
 def test_what_is_measured_of_a_layer(tmp_path, capsys):
     assert run(tmp_path) == 0
     saved = json.loads((tmp_path / 'crossover.json').read_text())

@@ -50,6 +50,7 @@ def test_the_page_is_current(tool):
     assert tool.TARGET.read_text() == tool.page(METHODS, PAIRS), 'run: python tools/pairs.py'
 
 
+@pytest.mark.ci
 def test_which_pairs_fit_one_config_is_still_so(repository):
     """All pairs: which are untested, and which a base config refuses, needs no model."""
     for key, pair in PAIRS.items():

@@ -146,6 +146,7 @@ def test_the_peer_says_what_it_needs(monkeypatch, capsys):
         peer.main(['--mixer', 'hyena'])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('mixer', ['base_conv', 'hyena'])
 def test_models_are_those_of_the_peer(mixer):
     """Two whole models with the peer's weights, by the mapping of golden/make_mqar.py."""

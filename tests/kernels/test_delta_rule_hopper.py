@@ -97,6 +97,7 @@ def errors(got, expected):
 EVERY = [pytest.param(name, marks=[] if name == 'gated' else [pytest.mark.ci]) for name in CASES]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('name', EVERY)
 def test_values_and_gradients_in_the_interpreter(name):
     arrays, ids = inputs(name)
@@ -209,6 +210,7 @@ def test_lowers_for_cuda(dims):
     assert lowered.as_text().count('custom_call @mosaic_gpu') == 4
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('remat', [pytest.param(False, marks=pytest.mark.ci), True])
 def test_lowers_under_vmap_and_remat(remat):
     """As studies run it, a lane a seed."""

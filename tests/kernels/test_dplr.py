@@ -71,6 +71,7 @@ def test_equals_the_equation(implementation, chunk, leaf, monkeypatch):
     assert last_choice('dplr')['implementation'] == implementation
 
 
+@pytest.mark.ci
 def test_gradients_of_inputs_and_states(monkeypatch):
     """In chunks and float32 against the token loop in float64, through outputs and last state."""
     monkeypatch.setattr(cost, 'LEAF', 2)
@@ -93,6 +94,7 @@ def test_gradients_of_inputs_and_states(monkeypatch):
     assert not any(np.any(np.asarray(grads[n])[SEGMENTS == 0]) for n in NAMES)
 
 
+@pytest.mark.ci
 def test_large_problems_go_through_pieces_in_turn(monkeypatch):
     """Five chunks in pieces of two: values, gradients, FLOPs; less memory for the pairs."""
     arrays, ids = inputs(seed=6, length=70), np.sort(np.arange(140).reshape(2, 70) % 5 + 1, 1)
@@ -127,6 +129,7 @@ def test_is_the_delta_rule_where_it_should_be():
     chex.assert_trees_all_close(got, expected, atol=5e-5, rtol=1e-4)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('strength', [0.0, -1e-4, -50.0, -1e30, -np.inf])
 def test_extreme_decays_stay_finite_and_right(strength):
     """Every third token decays by so much, the others a little: those must stay exact."""
@@ -143,6 +146,7 @@ def test_extreme_decays_stay_finite_and_right(strength):
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.ci
 def test_a_row_may_be_cut_anywhere_and_padding_is_never_read():
     arrays = inputs(seed=5)
     run = jit(functools.partial(call, chunk=4))

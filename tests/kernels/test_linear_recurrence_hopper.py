@@ -288,6 +288,7 @@ def test_decays_that_nothing_trains_cost_nothing(name, monkeypatch):
     assert [walk.like for walk in walks[4:]] == [False, False, True, True]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('vector', [False, pytest.param(True, marks=pytest.mark.ci)])
 @pytest.mark.parametrize('remat', [False, True])
 def test_lowers_under_vmap_and_remat(remat, vector):

@@ -90,6 +90,7 @@ def test_auto_unrolls_up_to_the_stated_depth(make_decoder):
     assert make_decoder('auto', layers=33).body.describe()[0]['layers'] == 'scan'
 
 
+@pytest.mark.ci
 def test_shared_layers_get_the_sum_of_the_layers_gradients(make_decoder, tokens):
     shared = make_decoder(share=4)
     graphdef, state = models.split(shared)

@@ -74,6 +74,7 @@ LONG = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('kind', LONG)
 def test_prefill_then_256_steps_equal_one_full_forward(make_decoder, full_logits, kind):
     length = 7 + 256
@@ -85,6 +86,7 @@ def test_prefill_then_256_steps_equal_one_full_forward(make_decoder, full_logits
     )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('kind', ['segments', 'reversible'])
 def test_states_apart_step_as_stacked_ones_do(make_decoder, kind):
     kinds = {**KINDS, 'reversible': {'mixer': ATTENTION, 'block': 'reversible'}}
@@ -142,6 +144,7 @@ def prefill_and_step(graphdef, arrays, tokens, lengths, token):
     return logits, model.logits(hidden)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('kind', ['mha', 'simplified'])
 def test_prompts_of_different_lengths_share_a_batch(make_decoder, full_logits, kind):
     model = make_decoder(seq_len=LENGTH, **KINDS[kind])

@@ -145,6 +145,7 @@ def test_gradients_stop_where_they_are_cut(make, truncate, reached):
     np.testing.assert_array_equal(there, np.arange(4) >= reached)
 
 
+@pytest.mark.ci
 def test_the_gradient_equals_that_of_the_loop(make):
     graphdef, arrays = models.split(make())
     tokens = some_tokens(1)
@@ -190,6 +191,7 @@ def test_decoding_equals_the_whole(make, kind):
     assert position.tolist() == [17, 11]
 
 
+@pytest.mark.ci
 def test_a_step_may_begin_a_document(make):
     model, tokens = make(), some_tokens()
     graphdef, arrays = models.split(model)

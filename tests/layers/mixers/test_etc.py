@@ -138,6 +138,7 @@ def real_of(info):
     return np.asarray(info.segment_ids != 0)[..., None]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize('implementation', ['xla', 'reference'])
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_dense_masked_attention_in_numpy(kind, implementation):
