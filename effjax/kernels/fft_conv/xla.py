@@ -4,8 +4,8 @@ Three forms:
   whole: without documents, one transform of at least T + L - 1 points, so that nothing wraps
     around; what a later token adds to an earlier one is rounding only;
   toeplitz: without documents, rows of at most `cost.SHORT` tokens on a GPU: the matrix of each
-    channel's taps [T, T] times all rows, in full float32. There a transform is five or six
-    passes over memory of twice the row, which cost more than these products;
+    channel's taps [T, T] times all rows, in full float32. A transform there is some
+    passes over memory of twice the row; the two were not timed beside each other yet;
   halves: with documents. One transform would mix them, so the row is halved again and again: what
     the left half of a block adds to its right half is a convolution of the one document that lies
     across the middle, and a transform of the block's size holds it. All blocks of a size are one
