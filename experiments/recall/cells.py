@@ -52,11 +52,16 @@ MIXERS: dict[str, Callable[[int], Layers]] = {
     ],
     'window': lambda n: 2 * [{'kind': 'attention', 'heads': 1, 'bias': True, 'window': n // 4}],
 }  # fmt: skip
-# The two whose long filters begin near 0, as all linear layers of the published code do: theirs is
-# normal with a deviation of 0.02 and without biases. Not part of the table; by their names only.
+# Not part of the table; by their names only. `small`: long filters begin near 0, as all linear
+# layers of the published code do: theirs is normal with a deviation of 0.02 and without biases.
+# `deep`: so too, and four layers, as earlier versions of that code have for all but attention.
 VARIANTS: dict[str, Callable[[int], Layers]] = {
     'hyena_small': lambda n: 2 * [{'kind': 'hyena', 'bias': True, 'filter_std': 0.02}],
     'base_conv_small': lambda n: [
+        {'kind': 'base_conv', 'conv': 3}, {'kind': 'base_conv', 'conv': 0, 'filter_std': 0.02}
+    ],
+    'hyena_deep': lambda n: 4 * [{'kind': 'hyena', 'bias': True, 'filter_std': 0.02}],
+    'base_conv_deep': lambda n: 2 * [
         {'kind': 'base_conv', 'conv': 3}, {'kind': 'base_conv', 'conv': 0, 'filter_std': 0.02}
     ],
 }  # fmt: skip

@@ -34,8 +34,10 @@ def rows(length: int, count: int, held_out: int) -> dict[str, dict[str, np.ndarr
     return {split: dict(source.examples(split)[:]) for split in ('train', 'valid')}
 
 
-def model(mixer: str, length: int, width: int, vocabulary: int = VOCABULARY) -> Any:
-    """Returns the two-layer model, a `torch.nn.Module` of (tokens [B, T], at [B, Q]).
+def model(
+    mixer: str, length: int, width: int, vocabulary: int = VOCABULARY, layers: int = 2
+) -> Any:
+    """Returns the model, a `torch.nn.Module` of (tokens [B, T], at [B, Q]).
 
     Its output is the logits at the places asked for, [B, Q, V].
     """
@@ -81,8 +83,8 @@ def model(mixer: str, length: int, width: int, vocabulary: int = VOCABULARY) -> 
         def __init__(self, layer: int):
             super().__init__()
             self.project = nn.Linear(width, width)
-            self.short = short(width) if layer == 0 else None
-            self.filter = None if layer == 0 else Filter(16)
+            self.short = short(width) if layer % 2 == 0 else None
+            self.filter = None if layer % 2 == 0 else Filter(16)
 
         def forward(self, u: Any) -> Any:
             x = u.transpose(1, 2)
@@ -108,9 +110,9 @@ def model(mixer: str, length: int, width: int, vocabulary: int = VOCABULARY) -> 
             super().__init__()
             self.embedding = nn.Embedding(vocabulary, width)
             kind = {'base_conv': BaseConv, 'hyena': Hyena}[mixer]
-            self.mixers = nn.ModuleList(kind(layer) for layer in range(2))
+            self.mixers = nn.ModuleList(kind(layer) for layer in range(layers))
             self.before, self.after = (
-                nn.ModuleList(nn.LayerNorm(width) for _ in range(2)) for _ in range(2)
+                nn.ModuleList(nn.LayerNorm(width) for _ in range(layers)) for _ in range(2)
             )
             self.last = nn.LayerNorm(width)
             for module in self.modules():
@@ -120,7 +122,7 @@ def model(mixer: str, length: int, width: int, vocabulary: int = VOCABULARY) -> 
                     nn.init.zeros_(module.bias)
             if mixer == 'hyena':
                 for layer in self.mixers:
-                    nn.init.normal_(layer.out.weight, std=STD / math.sqrt(2 * 2))
+                    nn.init.normal_(layer.out.weight, std=STD / math.sqrt(2 * layers))
 
         def forward(self, tokens: Any, at: Any) -> Any:
             x = nn.functional.dropout(self.embedding(tokens), 0.1, self.training)
@@ -134,7 +136,14 @@ def model(mixer: str, length: int, width: int, vocabulary: int = VOCABULARY) -> 
 
 
 def train(
-    mixer: str, length: int, width: int, rate: float, decay: float, epochs: int, data: Any
+    mixer: str,
+    length: int,
+    width: int,
+    layers: int,
+    rate: float,
+    decay: float,
+    epochs: int,
+    data: Any,
 ) -> dict[str, Any]:
     """Trains one model and returns its line of results."""
     import torch
@@ -143,7 +152,8 @@ def train(
     torch.manual_seed(0)
     put = lambda x: torch.as_tensor(np.asarray(x, np.int64), device=device)  # noqa: E731
     taken, held = ({n: put(x) for n, x in data[s].items()} for s in ('train', 'valid'))
-    net, batch, started = model(mixer, length, width).to(device), batch_size(length), time.time()
+    net = model(mixer, length, width, layers=layers).to(device)
+    batch, started = batch_size(length), time.time()
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     accuracy, epoch, count = 0.0, 0, len(taken['tokens'])
@@ -163,8 +173,9 @@ def train(
             found = net(held['tokens'], held['at']).argmax(-1) == held['labels']
         accuracy, epoch = float(found.float().mean()), epoch + 1
     return {
-        'mixer': mixer, 'length': length, 'width': width, 'rate': rate, 'decay': decay,
-        'accuracy': accuracy, 'epochs': epoch, 'seconds': round(time.time() - started, 1),
+        'mixer': mixer, 'length': length, 'width': width, 'layers': layers,
+        'rate': rate, 'decay': decay, 'accuracy': accuracy, 'epochs': epoch,
+        'seconds': round(time.time() - started, 1),
         'device': torch.cuda.get_device_name() if device == 'cuda' else 'cpu',
         'torch': torch.__version__, 'date': datetime.date.today().isoformat(),
     }  # fmt: skip
@@ -175,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--mixer', choices=['base_conv', 'hyena'], required=True)
     parser.add_argument('--length', type=int, choices=list(LENGTHS), default=64)
     parser.add_argument('--width', type=int, default=64)
+    parser.add_argument('--layers', type=int, default=2)
     parser.add_argument('--rates', type=float, nargs='+', default=list(RATES))
     parser.add_argument('--decay', type=float, default=0.1)
     parser.add_argument('--epochs', type=int, default=EPOCHS, help='of the schedule of 64')
@@ -189,7 +201,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ) from None
     data = rows(args.length, args.rows, min(HELD_OUT, args.rows))
     for rate in args.rates:
-        row = train(args.mixer, args.length, args.width, rate, args.decay, args.epochs, data)
+        row = train(
+            args.mixer, args.length, args.width, args.layers, rate, args.decay, args.epochs, data
+        )
         with (args.results / 'peer.jsonl').open('a') as f:
             f.write(json.dumps(row) + '\n')
         print(json.dumps(row), flush=True)

@@ -106,14 +106,16 @@ def pairs_of_chunk(plan: Plan) -> Pairs:
     return Pairs(i, j, jnp.uint32(not plan.strict))
 
 
-def firsts(plan: Plan, decay: jax.Array) -> jax.Array | None:
+def firsts(plan: Plan, decay: jax.Array, target: Any) -> Any:
     """What to add to the sums that documents' first tokens read through [C]; None where nothing.
 
-    Where their own decay is not among them it cannot keep the document before away.
+    Where their own decay is not among them it cannot keep the document before away. It is kept in
+    shared memory, `target`: in registers it did not outlive the products between on a GPU.
     """
     if not plan.resets:
         return None
-    return jnp.where(jnp.min(decay, axis=1) < FLOOR, FIRST, 0.0)
+    target[...] = jnp.where(jnp.min(decay, axis=1) < FLOOR, FIRST, 0.0)
+    return target
 
 
 def down(x: jax.Array) -> jax.Array:
@@ -152,9 +154,12 @@ def either(right: jax.Array, q: Any, k: Any, decay: jax.Array) -> jax.Array:
 
 
 def left(plan: Plan, x: jax.Array, square: Any) -> Any:
-    """A matrix as the left side of a product: from registers, or `staged` from shared memory."""
+    """A matrix as the left side of a product: from registers, or `staged` from shared memory.
+
+    With `resets` always from there: the second product of the same registers found others on a GPU.
+    """
     x = x.astype(jnp.bfloat16)
-    if not plan.staged:
+    if not (plan.staged or plan.resets):
         return x
     square[...] = x
     plgpu.commit_smem()
@@ -167,9 +172,10 @@ def bounded(plan: Plan, ref: Any) -> jax.Array:
     return jnp.maximum(decay, FIRST if plan.resets else FLOOR)
 
 
-def decayed(sums: jax.Array, first: jax.Array | None, which: Any = None) -> jax.Array:
+def decayed(sums: jax.Array, first: Any, which: Any = None) -> jax.Array:
     """2 to the power of sums [C, C], with what first tokens add to those of some rows."""
     if first is not None:
+        first = plgpu.load(first, layout=ROWS)
         sums = sums + down(first if which is None else jnp.where(which, first, 0.0))
     return jnp.exp2(sums)
 

@@ -64,6 +64,7 @@ def run(plan: Plan, q, k, log_decay, kept, v, do, states, dstates) -> tuple[jax.
         square=matrix(*SQUARE),
         kept=plgpu.SMEM((PART,), jnp.float32),
         known=plgpu.SMEM((PART,), jnp.float32),
+        first=plgpu.SMEM((CHUNK,), jnp.float32),
         blocks=[matrix(CHUNK, block) for _ in _BLOCKS],
         keys=plgpu.Barrier(num_arrivals=3),
         arrived=[plgpu.Barrier(num_arrivals=1) for _ in _BLOCKS],
@@ -90,6 +91,7 @@ class _Gradients(NamedTuple):
     square: Any
     kept: Any
     known: Any
+    first: Any
     blocks: Any
     keys: Any
     arrived: Any
@@ -109,7 +111,7 @@ def _gradients(
     sources += [functools.partial(at.own, x, part) for x in (states, dstates)]
     blocks = _Blocks(plan, shared, sources)
     decay = bounded(plan, at.tokens(log_decay, at.head, part))
-    first = firsts(plan, decay)
+    first = firsts(plan, decay, shared.first)
     shared.decay[...] = decay.astype(jnp.bfloat16)
     plgpu.commit_smem()
 

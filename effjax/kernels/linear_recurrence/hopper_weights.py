@@ -52,6 +52,7 @@ def run(plan: Plan, q, k, log_decay) -> tuple[jax.Array, jax.Array, jax.Array, j
         z=matrix(CHUNK, width),
         square=matrix(*SQUARE),
         kept=plgpu.SMEM((width,), jnp.float32),
+        first=plgpu.SMEM((CHUNK,), jnp.float32),
         arrived=plgpu.Barrier(num_arrivals=2),
     )
     out = plgpu.kernel(
@@ -80,6 +81,7 @@ class _Weights(NamedTuple):
     z: Any
     square: Any
     kept: Any
+    first: Any
     arrived: Any
 
 
@@ -91,7 +93,7 @@ def _weights(plan: Plan, q, k, log_decay, read, written, pairs, kept, shared: _W
     for part in parts:
         decay = bounded(plan, at.tokens(log_decay, at.head, part))
         shared.decay.at[:, part][...] = decay.astype(jnp.bfloat16)
-    first = firsts(plan, decay)
+    first = firsts(plan, decay, shared.first)
     _keep(parts, shared)
     plgpu.barrier_wait(shared.arrived)
     these = pairs_of_chunk(plan)
