@@ -55,10 +55,15 @@ MIXERS: dict[str, Callable[[int], Layers]] = {
 # Not part of the table; by their names only. `small`: long filters begin near 0, as all linear
 # layers of the published code do: theirs is normal with a deviation of 0.02 and without biases.
 # `deep`: so too, and four layers, as earlier versions of that code have for all but attention.
+# Linear attention sums up its values by keys of 64 dimensions, `narrow` of 4.
 VARIANTS: dict[str, Callable[[int], Layers]] = {
     'hyena_small': lambda n: 2 * [{'kind': 'hyena', 'bias': True, 'filter_std': 0.02}],
     'base_conv_small': lambda n: [
         {'kind': 'base_conv', 'conv': 3}, {'kind': 'base_conv', 'conv': 0, 'filter_std': 0.02}
+    ],
+    'linear_attention': lambda n: 2 * [{'kind': 'linear_attention', 'heads': 1, 'conv': 4}],
+    'linear_attention_narrow': lambda n: 2 * [
+        {'kind': 'linear_attention', 'heads': 1, 'key_dim': 4, 'conv': 4}
     ],
     'hyena_deep': lambda n: 4 * [{'kind': 'hyena', 'bias': True, 'filter_std': 0.02}],
     'base_conv_deep': lambda n: 2 * [

@@ -14,7 +14,7 @@ METHODS = {
     'attention': 'self-attention', 'h3': 'h3', 'rwkv4': 'rwkv', 'hyena': 'hyena',
     'retnet': 'retnet', 'mamba': 'mamba', 'mamba2': 'mamba2', 'gla': 'gla',
     'gated_deltanet': 'gated-deltanet', 'rwkv7': 'rwkv7', 'based': 'based',
-    'window': 'sparse-attention',
+    'window': 'sparse-attention', 'linear_attention': 'linear-attention',
 }  # fmt: skip
 NEAR = 0.05  # a larger difference from a published cell has to be explained
 

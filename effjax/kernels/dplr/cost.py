@@ -6,6 +6,7 @@ Plain Python: `effjax.costs` imports it without jax.
 import math
 
 from effjax.kernels import halving
+from effjax.kernels.dplr import tpu_plan
 
 CHUNK = 64  # tokens of a chunk unless the caller says otherwise
 LEAF = 16  # longest block whose pairs are formed one by one
@@ -56,9 +57,17 @@ def executed_flops(
     """FLOPs of the forward pass that an implementation really executes, as the walk counts them.
 
     Of the 'reference' the products: two readings of the state. Of 'xla' all but elementwise work,
-    which pairs inside leaves are.
+    which pairs inside leaves are, and of 'pallas_tpu', whose chunks here are those for bfloat16.
     """
     state = key_dim * value_dim
+    if implementation == 'pallas_tpu':
+        plan = tpu_plan.plan_for(length, heads, key_dim, value_dim, itemsize=2)
+        if plan is None:
+            raise ValueError(
+                f'dplr: pallas_tpu has no plan for {(length, heads, key_dim, value_dim)}.'
+            )
+        sums = 2 * plan.size * heads * key_dim  # of decays, by XLA, before the kernel
+        return float(batch * -(-length // plan.size) * (plan.forward_flops + sums))
     if implementation == 'reference':
         return 4.0 * batch * length * heads * state
     size = chunk_size(length, chunk)

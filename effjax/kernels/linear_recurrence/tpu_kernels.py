@@ -19,10 +19,10 @@ from effjax.kernels.linear_recurrence import tpu_scalar as scalar
 from effjax.kernels.linear_recurrence import tpu_vector as vector
 from effjax.kernels.linear_recurrence.tpu_plan import LEAF, Plan
 
-_LIMIT = 56 * 2**20  # VMEM that the compiler may use: v5p has 64 MiB, v5e and v6e 128
+LIMIT = 56 * 2**20  # VMEM that the compiler may use: v5p has 64 MiB, v5e and v6e 128
 
 
-class _Blocks:
+class Blocks:
     """The blocks of a kernel's arrays, over a grid of (row, step over heads, chunk)."""
 
     def __init__(self, plan: Plan, chunks: int, reverse: bool):
@@ -83,7 +83,7 @@ def _call(plan: Plan, name: str, body: Any, grid: tuple[int, ...], args, in_spec
         ),
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=('parallel', 'parallel', 'arbitrary'), vmem_limit_bytes=_LIMIT
+            dimension_semantics=('parallel', 'parallel', 'arbitrary'), vmem_limit_bytes=LIMIT
         ),
         cost_estimate=pl.CostEstimate(
             flops=int(flops), bytes_accessed=moved, transcendentals=decays
@@ -95,7 +95,7 @@ def _call(plan: Plan, name: str, body: Any, grid: tuple[int, ...], args, in_spec
 def forward(plan: Plan, q, k, v, sums: Sum | None, state, *, save: bool) -> Any:
     """(o, last state) and, to `save`, the states before each chunk [B, N, H, K, V]."""
     batch, chunks = q.shape[0], q.shape[1] // plan.size
-    blocks = _Blocks(plan, chunks, reverse=False)
+    blocks = Blocks(plan, chunks, reverse=False)
     decays = [] if sums is None else [*sums]
     shape = jax.ShapeDtypeStruct
     # With a bonus the token's own product is still to be added: no rounding before.
@@ -124,7 +124,7 @@ def backward(plan: Plan, q, k, v, sums: Sum | None, states, do, dlast) -> Any:
     Where several steps share a query head, dq and dk are one part a step, in float32.
     """
     batch, chunks = q.shape[0], q.shape[1] // plan.size
-    blocks = _Blocks(plan, chunks, reverse=True)
+    blocks = Blocks(plan, chunks, reverse=True)
     decays = [] if sums is None else [*sums]
     shape = jax.ShapeDtypeStruct
     width = plan.group_block * plan.key_dim
@@ -161,7 +161,7 @@ def _heads(plan: Plan) -> Iterator[tuple[int, list[int]]]:
         yield g, list(range(g * each, (g + 1) * each))
 
 
-def _at(head: int, width: int) -> slice:
+def lanes(head: int, width: int) -> slice:
     """The lanes of a head."""
     return slice(head * width, (head + 1) * width)
 
@@ -177,10 +177,10 @@ def _forward_body(plan: Plan, save: bool, q_ref, k_ref, v_ref, *refs) -> None:
     if save:
         refs[-2][...] = carried[...]
     for g, heads in _heads(plan):
-        q, k = q_ref[:, _at(g, plan.key_dim)], k_ref[:, _at(g, plan.key_dim)]
+        q, k = q_ref[:, lanes(g, plan.key_dim)], k_ref[:, lanes(g, plan.key_dim)]
         scores = None if plan.decay == 'vector' else scalar.scores(q, k)
         for h in heads:
-            values = _at(h, plan.value_dim)
+            values = lanes(h, plan.value_dim)
             v, state = v_ref[:, values], carried[h]
             if scores is None:
                 sums = vector.load(decays, h, plan.block, plan.key_dim, plan.strict)
@@ -207,11 +207,11 @@ def _backward_body(plan: Plan, q_ref, k_ref, v_ref, *refs) -> None:
         carried[...] = dlast_ref[...]
 
     def head(h: int, q: jax.Array, k: jax.Array) -> scalar.Head:
-        v, do = v_ref[:, _at(h, plan.value_dim)], do_ref[:, _at(h, plan.value_dim)]
+        v, do = v_ref[:, lanes(h, plan.value_dim)], do_ref[:, lanes(h, plan.value_dim)]
         return scalar.Head(q, k, v, do, states_ref[h], carried[h])
 
     for g, heads in _heads(plan):
-        q, k = q_ref[:, _at(g, plan.key_dim)], k_ref[:, _at(g, plan.key_dim)]
+        q, k = q_ref[:, lanes(g, plan.key_dim)], k_ref[:, lanes(g, plan.key_dim)]
         scores, group = None if form is vector else scalar.scores(q, k), scalar.Group()
         for h in heads:
             grads: Any
@@ -222,14 +222,14 @@ def _backward_body(plan: Plan, q_ref, k_ref, v_ref, *refs) -> None:
             else:
                 decay = scalar.decays(plan.size, plan.block, plan.strict, decays, h)
                 grads = scalar.backward(head(h, q, k), scores, decay, group)
-            dv_ref[:, _at(h, plan.value_dim)] = grads.dv.astype(dv_ref.dtype)
+            dv_ref[:, lanes(h, plan.value_dim)] = grads.dv.astype(dv_ref.dtype)
             carried[h] = grads.dstate
             if dfine_ref:
                 form.write_sums(dfine_ref[0], grads, h, plan.block, plan.strict)
         if scores is not None:
             dq, dk = group.finish(q, k)
-        dq_ref[:, _at(g, plan.key_dim)] = dq.astype(dq_ref.dtype)
-        dk_ref[:, _at(g, plan.key_dim)] = dk.astype(dk_ref.dtype)
+        dq_ref[:, lanes(g, plan.key_dim)] = dq.astype(dq_ref.dtype)
+        dk_ref[:, lanes(g, plan.key_dim)] = dk.astype(dk_ref.dtype)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():

@@ -21,6 +21,7 @@ from effjax.kernels.linear_recurrence.tpu_plan import LEAF
 from effjax.kernels.linear_recurrence.tpu_scalar import Head, as_column, as_row, dot, exp
 
 _LEFT, _RIGHT = ((0,), (0,)), ((1,), (1,))  # what to contract: rows, or columns, of both
+Columns = tuple[jax.Array, ...]  # keys of one or several kinds, [C, K] each
 
 
 class Sums(NamedTuple):
@@ -55,14 +56,41 @@ def load(refs: Any, head: int, block: int, key_dim: int, strict: bool) -> Sums:
     return Sums(total, of(1) if strict else total, end)
 
 
+def weights(q, columns: Columns, sums: Sums, strict: bool) -> list[jax.Array]:
+    """The decayed products of queries with keys of one or several kinds [C, C], float32."""
+    found = _leaves(q, columns, sums, strict)
+    for level in _levels(q, columns, sums):
+        scores = (dot(level.q, k, _RIGHT) for k in level.columns)
+        found = [w + jnp.where(level.mask, x, 0.0) for w, x in zip(found, scores, strict=True)]
+    return found
+
+
+def weights_backward(
+    q, columns: Columns, sums: Sums, strict: bool, dweights: list[jax.Array]
+) -> tuple[list[jax.Array], jax.Array, list[jax.Array]]:
+    """(the weights again, the gradient of queries, those of the columns).
+
+    Args:
+      q, columns, sums, strict: as `weights` takes them.
+      dweights: gradients of the weights [C, C], float32, of any value where a token may not look.
+    """
+    found, dq, dcolumns = _leaves_backward(q, columns, sums, strict, dweights)
+    for level in _levels(q, columns, sums):
+        for n, k in enumerate(level.columns):
+            found[n] = found[n] + jnp.where(level.mask, dot(level.q, k, _RIGHT), 0.0)
+            dscores = jnp.where(level.mask, dweights[n], 0.0).astype(q.dtype)
+            # What is scaled with 0 comes back with 0: rows of left halves, columns of right ones.
+            dq = dq + jnp.where(level.right, level.decay * dot(dscores, k), 0.0)
+            back = level.decay * dot(dscores, level.q, _LEFT)
+            dcolumns[n] = dcolumns[n] + jnp.where(level.right, 0.0, back)
+    return found, dq, dcolumns
+
+
 def forward(q, k, v, sums: Sums, state, strict: bool) -> tuple[jax.Array, jax.Array]:
     """(o [C, V], the state after the chunk [K, V]), float32."""
-    weights = _leaves(q, k, sums, strict)
-    for level in _levels(q, k, sums):
-        scores = dot(level.q, level.k, _RIGHT)
-        weights = weights + jnp.where(level.mask, scores, 0.0)
+    (pairs,) = weights(q, (k,), sums, strict)
     read, written, whole = _ends(q, k, sums)
-    o = dot(weights.astype(v.dtype), v) + dot(read, state.astype(q.dtype))
+    o = dot(pairs.astype(v.dtype), v) + dot(read, state.astype(q.dtype))
     return o, whole * state + dot(written, v, _LEFT)
 
 
@@ -70,18 +98,11 @@ def backward(head: Head, sums: Sums, strict: bool) -> Grads:
     """The gradients of one head."""
     q, k, v, dtype = head.q, head.k, head.v, head.v.dtype
     do, state, dafter = (x.astype(dtype) for x in (head.do, head.state, head.dafter))
-    dweights = dot(do, v, _RIGHT)
-    weights, dq, dk = _leaves_backward(q, k, sums, strict, dweights)
-    for level in _levels(q, k, sums):
-        weights = weights + jnp.where(level.mask, dot(level.q, level.k, _RIGHT), 0.0)
-        dscores = jnp.where(level.mask, dweights, 0.0).astype(dtype)
-        # What is scaled with 0 comes back with 0: rows of left halves, columns of right ones.
-        dq = dq + jnp.where(level.right, level.decay * dot(dscores, level.k), 0.0)
-        dk = dk + jnp.where(level.right, 0.0, level.decay * dot(dscores, level.q, _LEFT))
+    (pairs,), dq, (dk,) = weights_backward(q, (k,), sums, strict, [dot(do, v, _RIGHT)])
     read, written, whole = _ends(q, k, sums)
     dq = dq + exp(sums.seen.coarse + sums.seen.fine) * dot(do, state, _RIGHT)
     dk_new = exp(sums.end.over(sums.total)) * dot(v, dafter, _RIGHT)
-    dv = dot(weights.astype(dtype), do, _LEFT) + dot(written, dafter)
+    dv = dot(pairs.astype(dtype), do, _LEFT) + dot(written, dafter)
     kept = whole * head.dafter
     dend = as_row(jnp.sum(kept * head.state, axis=1, keepdims=True))
     dend = dend + jnp.sum(dk_new * k, axis=0, keepdims=True)
@@ -91,8 +112,8 @@ def backward(head: Head, sums: Sums, strict: bool) -> Grads:
     return Grads(dq, dk, dv, kept + dot(read, do, _LEFT), dq * q, dtotal)
 
 
-def write_sums(ref: Any, grads: Grads, head: int, block: int, strict: bool) -> None:
-    """Writes the gradients of a head's sums where `load` reads them."""
+def write_sums(ref: Any, grads: Any, head: int, block: int, strict: bool) -> None:
+    """Writes the gradients of a head's sums, `dtotal` and `dseen`, where `load` reads them."""
     width = grads.dtotal.shape[1]
     at = slice(head * width, (head + 1) * width)
     if strict:
@@ -113,13 +134,13 @@ class _Level(NamedTuple):
     """One halving: q of right halves and k of left ones through their border, 0 elsewhere."""
 
     q: jax.Array
-    k: jax.Array
+    columns: Columns
     decay: jax.Array  # [C, K], of either
     right: jax.Array  # [C, 1], which tokens stand in right halves
     mask: jax.Array  # [C, C], right halves by their left ones
 
 
-def _levels(q, k, sums: Sums) -> Iterator[_Level]:
+def _levels(q, columns: Columns, sums: Sums) -> Iterator[_Level]:
     size = q.shape[0]
     half = size // 2
     while half >= LEAF:
@@ -135,7 +156,7 @@ def _levels(q, k, sums: Sums) -> Iterator[_Level]:
         decay = exp(jnp.where(right, down, up))
         yield _Level(
             jnp.where(right, q * decay, 0.0).astype(q.dtype),
-            jnp.where(right, 0.0, k * decay).astype(k.dtype),
+            tuple(jnp.where(right, 0.0, k * decay).astype(k.dtype) for k in columns),
             decay,
             right,
             mask,
@@ -149,15 +170,17 @@ def _of_row(x: jax.Array, span: int, row: int) -> jax.Array:
     return jnp.broadcast_to(cut[:, row : row + 1, :], cut.shape).reshape(x.shape)
 
 
-def _pairs(q, k, sums: Sums, strict: bool) -> Iterator[tuple[int, jax.Array, jax.Array]]:
-    """For each place in a leaf: the decay from it to each token [C, K], its keys there [C, K]."""
+def _pairs(
+    q, columns: Columns, sums: Sums, strict: bool
+) -> Iterator[tuple[int, jax.Array, list[jax.Array]]]:
+    """For each place in a leaf: the decay from it to each token, the columns there [C, K]."""
     place = jax.lax.broadcasted_iota(jnp.int32, q.shape, 0) & (LEAF - 1)
-    wide = k.astype(jnp.float32)
+    wide = [k.astype(jnp.float32) for k in columns]
     for j in range(LEAF):
         later = place > j if strict else place >= j
         one = sums.total.map(functools.partial(_of_row, span=LEAF, row=j))
         decay = jnp.where(later, exp(jnp.where(later, sums.seen.over(one), 0.0)), 0.0)
-        yield j, decay, _of_row(wide, LEAF, j)
+        yield j, decay, [_of_row(k, LEAF, j) for k in wide]
 
 
 def _column_of_leaf(size: int, j: int) -> jax.Array:
@@ -166,32 +189,34 @@ def _column_of_leaf(size: int, j: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, (size, size), 1) == (i & ~(LEAF - 1)) + j
 
 
-def _leaves(q, k, sums: Sums, strict: bool) -> jax.Array:
+def _leaves(q, columns: Columns, sums: Sums, strict: bool) -> list[jax.Array]:
     """Weights [C, C] of pairs inside of leaves, 0 elsewhere."""
-    size = q.shape[0]
-    weights = jnp.zeros((size, size), jnp.float32)
-    wide = q.astype(jnp.float32)
-    for j, decay, key in _pairs(q, k, sums, strict):
-        column = jnp.sum(wide * key * decay, axis=1, keepdims=True)
-        weights = weights + jnp.where(_column_of_leaf(size, j), column, 0.0)
-    return weights
+    size, wide = q.shape[0], q.astype(jnp.float32)
+    found = [jnp.zeros((size, size), jnp.float32) for _ in columns]
+    for j, decay, keys in _pairs(q, columns, sums, strict):
+        at, reads = _column_of_leaf(size, j), wide * decay
+        for n, key in enumerate(keys):
+            column = jnp.sum(reads * key, axis=1, keepdims=True)
+            found[n] = found[n] + jnp.where(at, column, 0.0)
+    return found
 
 
 def _leaves_backward(
-    q, k, sums: Sums, strict: bool, dweights: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(the weights of `_leaves`, what they give to dq and to dk)."""
+    q, columns: Columns, sums: Sums, strict: bool, dweights: list[jax.Array]
+) -> tuple[list[jax.Array], jax.Array, list[jax.Array]]:
+    """(the weights of `_leaves`, what they give to dq and to the columns' gradients)."""
     size, wide = q.shape[0], q.astype(jnp.float32)
-    weights = jnp.zeros((size, size), jnp.float32)
-    dq = dk = jnp.zeros(q.shape, jnp.float32)
+    found = [jnp.zeros((size, size), jnp.float32) for _ in columns]
+    dq, dcolumns = jnp.zeros(q.shape, jnp.float32), [jnp.zeros(q.shape, jnp.float32)] * len(columns)
     place = jax.lax.broadcasted_iota(jnp.int32, q.shape, 0) & (LEAF - 1)
-    for j, decay, key in _pairs(q, k, sums, strict):
-        at = _column_of_leaf(size, j)
-        column = jnp.sum(wide * key * decay, axis=1, keepdims=True)
-        weights = weights + jnp.where(at, column, 0.0)
-        given = jnp.sum(jnp.where(at, dweights, 0.0), axis=1, keepdims=True) * decay
-        dq = dq + given * key
-        back = (given * wide).reshape(-1, LEAF, q.shape[1])
-        back = jnp.broadcast_to(jnp.sum(back, axis=1, keepdims=True), back.shape)
-        dk = dk + jnp.where(place == j, back.reshape(q.shape), 0.0)
-    return weights, dq, dk
+    for j, decay, keys in _pairs(q, columns, sums, strict):
+        at, reads = _column_of_leaf(size, j), wide * decay
+        for n, key in enumerate(keys):
+            column = jnp.sum(reads * key, axis=1, keepdims=True)
+            found[n] = found[n] + jnp.where(at, column, 0.0)
+            given = jnp.sum(jnp.where(at, dweights[n], 0.0), axis=1, keepdims=True)
+            dq = dq + given * decay * key
+            back = (given * reads).reshape(-1, LEAF, q.shape[1])
+            back = jnp.broadcast_to(jnp.sum(back, axis=1, keepdims=True), back.shape)
+            dcolumns[n] = dcolumns[n] + jnp.where(place == j, back.reshape(q.shape), 0.0)
+    return found, dq, dcolumns
