@@ -5,9 +5,12 @@ from typing import Any
 import jax
 
 from effjax.kernels import choice
-from effjax.kernels.dplr import cost, problem, reference, xla
+from effjax.kernels.devices import refuse_short
+from effjax.kernels.dplr import cost, hopper, problem, reference, xla
 
-_IMPLEMENTATIONS = {'xla': xla, 'reference': reference}
+_KERNELS = {'pallas_gpu': hopper}
+_BY_NAME = 'it was not measured on a GPU yet, and runs by name only'
+_IMPLEMENTATIONS = {**_KERNELS, 'xla': xla, 'reference': reference}
 
 
 def dplr(
@@ -31,9 +34,11 @@ def dplr(
 
     with a_t = exp(log_decay_t). In RWKV-7 `read` is a key of norm 1 and `write` that key times
     rates in (-1, 0): what the key held is taken out, dimension by dimension. For a stable
-    recurrence the transition may not enlarge a state; that is not enforced. All arithmetic is
-    float32 (float64 for float64 inputs). With documents, each begins with a state of 0, the row's
-    first one with the initial state; padding neither reads, decays nor writes, and gives 0.
+    recurrence the transition may not enlarge a state; that is not enforced. 'xla' works in float32
+    throughout (float64 for float64 inputs); the kernels take q, k and v in one dtype, `read` and
+    `write` rounded to it, with sums and states in float32. With documents, each begins with a state
+    of 0, the row's first one with the initial state; padding neither reads, decays nor writes, and
+    gives 0.
 
     Args:
       q: queries [B, T, H, K].
@@ -47,25 +52,31 @@ def dplr(
       segment_ids: int32 [B, T], the document of each token, 0 is padding. None: one document.
       return_state: also return the state of the row's last document after its last token.
       chunk: tokens of a chunk of 'xla', 128 at most; changes speed and rounding only.
-      implementation: 'xla', 'reference', or None for the best that can run.
+      implementation: 'pallas_gpu' (by name only), 'xla', 'reference', or None for the best that can
+        run.
 
     Returns:
       o [B, T, H, V] in the dtype of q, or (o, state [B, H, K, V]) with the state in float32.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
+      ValueError: shapes that do not fit, an implementation that is unknown or cannot run here.
     """
     arrays = (q, k, v, read, write, log_decay)
     problem.check(*arrays, initial_state, segment_ids, chunk)
+    short = refuse_short(q.shape[1], implementation)
+    refused = {n: kernel.refuse(q, k, v) or short for n, kernel in _KERNELS.items()}
+    if implementation is None:
+        refused['pallas_gpu'] = refused['pallas_gpu'] or _BY_NAME
     chosen = choice.pick(
         'dplr',
         implementation,
-        dict.fromkeys(_IMPLEMENTATIONS),
+        {**refused, 'xla': None, 'reference': None},
         shape=(*q.shape, v.shape[-1]),
         dtype=q.dtype.name,
     )
     with jax.named_scope(f'dplr_{chosen}'):
-        prepared = problem.prepare(*arrays, scale, initial_state, segment_ids)
+        wide = chosen not in _KERNELS
+        prepared = problem.prepare(*arrays, scale, initial_state, segment_ids, widen=wide)
         o, state = _IMPLEMENTATIONS[chosen].run(prepared, chunk)
         o = o.astype(q.dtype)
     return (o, state) if return_state else o

@@ -5,13 +5,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from effjax.kernels.documents import begins, check_segments
+from effjax.kernels.documents import begins, check_segments, spread
+from effjax.kernels.linear_recurrence.problem import first_tokens
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Inputs in float32 (float64 where they are), padding made harmless.
+    """Inputs, padding made harmless.
+
+    Decays and the state are float32, float64 where the inputs are; the others so too but for the
+    kernels, which take them as they come, `read` and `write` in the dtype of q.
 
     Attributes:
       q: queries [B, T, H, K], scaled.
@@ -62,12 +66,22 @@ def check(q, k, v, read, write, log_decay, initial_state, segment_ids, chunk) ->
         raise ValueError(f'dplr: chunk must be at least 1, got {chunk}.')
 
 
-def prepare(q, k, v, read, write, log_decay, scale, initial_state, segment_ids) -> Problem:
-    """Returns the inputs in one form; padding neither reads, decays nor writes."""
+def prepare(
+    q, k, v, read, write, log_decay, scale, initial_state, segment_ids, *, widen: bool
+) -> Problem:
+    """Returns the inputs in one form; padding neither reads, decays nor writes.
+
+    Args:
+      q, k, v, read, write, log_decay, scale, initial_state, segment_ids: as `dplr` takes them.
+      widen: q, k, v, read and write too become float32, before q is scaled.
+    """
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    arrays = [x.astype(wide) for x in (q, k, v, read, write, log_decay)]
+    arrays = [x.astype(wide) for x in (q, k, v, read, write)] if widen else [q, k, v]
+    if not widen:
+        arrays += [x.astype(q.dtype) for x in (read, write)]
     if scale is not None:
-        arrays[0] = arrays[0] * scale
+        arrays[0] = arrays[0] * jnp.asarray(scale, arrays[0].dtype)
+    arrays.append(log_decay.astype(wide))
     documents = None
     if segment_ids is not None:
         segment_ids = jnp.asarray(segment_ids)
@@ -79,3 +93,11 @@ def prepare(q, k, v, read, write, log_decay, scale, initial_state, segment_ids) 
     q, k, v, read, write, log_decay = arrays
     state = initial_state.astype(wide)
     return Problem(q, k, v, read, write, log_decay, documents, state)
+
+
+def with_documents(problem: Problem) -> jax.Array:
+    """Returns the log-decays [B, T, H, K], infinite where a document begins."""
+    if problem.documents is None:
+        return problem.log_decay
+    first = spread(first_tokens(problem.documents), problem.log_decay)
+    return jnp.where(first, -jnp.inf, problem.log_decay)
