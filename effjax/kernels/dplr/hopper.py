@@ -127,7 +127,22 @@ def _forward(plan, q, k, v, read, write, log_decay, state):
 
 
 def _backward(plan, saved, gradients):
-    raise NotImplementedError
+    from effjax.kernels.dplr import hopper_gradients, hopper_solved, hopper_system
+    from effjax.kernels.linear_recurrence import hopper_kernels
+
+    *inputs, states = saved
+    do, dlast = gradients
+    # Else XLA keeps what the forward pass formed, more than what is kept for this one.
+    *inputs, do = jax.lax.optimization_barrier((*inputs, do))
+    q, k, v, read, write, log_decay = inputs
+    chunks = hopper_system.run(plan, q, k, read, write, log_decay, save=True)
+    walk, given = plan.values(save=True), (chunks.weights, chunks.kept, chunks.across)
+    back = hopper_kernels.run(walk, chunks.keys, chunks.queries, do, None, dlast, None, *given)
+    solved = hopper_solved.run(plan, chunks, v, do, states, back.states)
+    values, both = [v, do, *solved], [states, back.states]
+    known = hopper_gradients.Known([q, k, read, write], log_decay, chunks.kept, values, both)
+    dq, dk, dread, dwrite, ddecay = hopper_gradients.run(plan, known)
+    return dq, dk, back.o, dread, dwrite, ddecay, back.last
 
 
 _recurrence.defvjp(_forward, _backward)

@@ -298,6 +298,8 @@ def _write(block: _Block) -> None:
                 kept = plgpu.load(rings.kept.at[stage, part], layout=ROWS)
                 whole = along(kept, x.shape, 0)
             new.append((x if whole is None else x * whole) + added)
+        if rings.kept is not None:  # what was read of it may be overwritten by copies after this
+            plgpu.commit_smem()
         plgpu.barrier_arrive(shared.empty.at[stage])
         return new
 
