@@ -1,7 +1,7 @@
 """Recurrences with a diagonal plus a product of rank one as transition: RWKV-7 and such.
 
-Implementations: 'pallas_gpu' (kernels, by name), 'xla' (chunks, anywhere), 'reference' (the token
-loop).
+Implementations: 'xla' (chunks, anywhere), 'pallas_gpu' (Hopper kernels, by name only), 'reference'
+(the token loop).
 """
 
 from effjax.kernels.dplr.op import dplr

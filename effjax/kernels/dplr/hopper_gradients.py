@@ -40,7 +40,7 @@ from effjax.kernels.linear_recurrence.hopper_chunks import (
     place,
     read,
 )
-from effjax.kernels.linear_recurrence.hopper_kernels import COLUMNS, along
+from effjax.kernels.linear_recurrence.hopper_kernels import COLUMNS, ROWS, along
 
 _SIDES = _QUERY, _READ = 0, 1  # q and k with v; `read` and `write` with what was read
 
@@ -268,10 +268,9 @@ def _pairs(block: _Block, once: bool) -> list[jax.Array]:
 
     def body(sums: list[jax.Array]) -> list[jax.Array]:
         sides = (given, value), (value, given), (given, other_value), (value, other_given)
-        found = [product(SQUARE, (a, b.T)) for a, b in sides]
-        return [x + y for x, y in zip(sums, found, strict=True)] if sums else found
+        return [x + product(SQUARE, (a, b.T)) for x, (a, b) in zip(sums, sides, strict=True)]
 
-    start = [] if once else [_zeros() for _ in range(4)]
+    start = [_zeros() for _ in range(4)]
     below, above, below_other, above_other = _over_values(block, once, body, start, states=False)
     before, own = block.these.before(), block.these.own()
     block.own.pairs[...] = jnp.where(before, below, above).astype(jnp.bfloat16)
@@ -339,14 +338,15 @@ def _through_states(block: _Block, once: bool) -> tuple[jax.Array, jax.Array, An
     (value, given, _, _), (state, dstate) = block.values, block.shared.states
 
     def body(sums: list[jax.Array]) -> list[jax.Array]:
-        found = [product(SQUARE, (a, b.T)) for a, b in ((given, state), (value, dstate))]
+        sides = (given, state), (value, dstate)
+        both = [x + product(SQUARE, (a, b.T)) for x, (a, b) in zip(sums, sides, strict=False)]
         if block.side == _QUERY:
-            found.append(jnp.sum(read(state) * read(dstate), axis=1))
-        return [x + y for x, y in zip(sums, found, strict=True)] if sums else found
+            both.append(sums[2] + jnp.sum(read(state) * read(dstate), axis=1))
+        return both
 
-    start = [] if once else [_zeros(), _zeros()]
-    if start and block.side == _QUERY:
-        start.append(jnp.sum(_zeros(), axis=1))
+    start = [_zeros(), _zeros()]
+    if block.side == _QUERY:
+        start.append(plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROWS))
     of_rows, of_columns, *known = _over_values(block, once, body, start, states=True)
     return of_rows, of_columns, known[0] if known else None
 

@@ -26,6 +26,11 @@ class Plan(hopper_plan.Plan):
         """Shared memory of a block of threads that forms what the walks read, without barriers."""
         return 2 * self.size * (7 * self.key_dim + 6 * self.size) + 4 * self.key_dim
 
+    @property
+    def gradients_bytes(self) -> int:
+        """The same in the last kernel of the backward pass: 26 squares, one of them float32."""
+        return 2 * PART**2 * (25 + 2) + 8 * PART
+
     def system_flops(self, *, save: bool) -> int:
         """FLOPs of one chunk of one head in that kernel; `save`: in the backward pass.
 
@@ -44,6 +49,29 @@ class Plan(hopper_plan.Plan):
         """FLOPs of one chunk of a row, all heads."""
         walk = self.forward().flops(self.value_dim)
         return self.heads * (walk + self.system_flops(save=False))
+
+    @property
+    def solved_flops(self) -> int:
+        """FLOPs of one chunk of one head in the kernel that forms what transitions read."""
+        return 4 * self.size * self.value_dim * (self.size + self.key_dim)
+
+    @property
+    def gradients_flops(self) -> int:
+        """The same in the last kernel: twice, a side of queries and keys each.
+
+        Each part of the keys has the pairs' gradients formed anew, from all values.
+        """
+        parts, keys = self.key_dim // PART, self.size * self.key_dim
+        pairs = 4 * parts * self.size * self.value_dim
+        inside = keys * (3 * self.levels + 6)
+        return 4 * self.size * (pairs + inside + 2 * self.key_dim * self.value_dim)
+
+    @property
+    def backward_flops(self) -> int:
+        """FLOPs of the backward pass in one chunk of a row, all heads."""
+        walk = self.values().flops(self.value_dim)
+        around = self.system_flops(save=True) + self.solved_flops + self.gradients_flops
+        return self.heads * (walk + around)
 
     def _walk(self, width: int, **facts: Any) -> Walk:
         return fitted(Walk(width, given=True, across=True, **facts))

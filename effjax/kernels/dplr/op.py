@@ -5,11 +5,9 @@ from typing import Any
 import jax
 
 from effjax.kernels import choice
-from effjax.kernels.devices import refuse_short
 from effjax.kernels.dplr import cost, hopper, problem, reference, xla
 
 _KERNELS = {'pallas_gpu': hopper}
-_BY_NAME = 'it was not measured on a GPU yet, and runs by name only'
 _IMPLEMENTATIONS = {**_KERNELS, 'xla': xla, 'reference': reference}
 
 
@@ -63,14 +61,11 @@ def dplr(
     """
     arrays = (q, k, v, read, write, log_decay)
     problem.check(*arrays, initial_state, segment_ids, chunk)
-    short = refuse_short(q.shape[1], implementation)
-    refused = {n: kernel.refuse(q, k, v) or short for n, kernel in _KERNELS.items()}
-    if implementation is None:
-        refused['pallas_gpu'] = refused['pallas_gpu'] or _BY_NAME
     chosen = choice.pick(
         'dplr',
         implementation,
-        {**refused, 'xla': None, 'reference': None},
+        # The Hopper kernels run by name only, until they are measured.
+        {'xla': None, 'pallas_gpu': hopper.refuse(q, k, v), 'reference': None},
         shape=(*q.shape, v.shape[-1]),
         dtype=q.dtype.name,
     )
