@@ -33,6 +33,7 @@ KERNELS: dict[str, str | Callable[[products.KernelCall], float | None]] = {
     'attention_': 'effjax.kernels.attention.cost:kernel_flops',
     'delta_rule_': 'effjax.kernels.delta_rule.cost:kernel_flops',
     'diagonal_scan_': 'effjax.kernels.diagonal_scan.cost:kernel_flops',
+    'dplr_': 'effjax.kernels.dplr.cost:kernel_flops',
     'grouped_product_': 'effjax.kernels.grouped_product.cost:kernel_flops',
     'linear_recurrence_walk': 'effjax.kernels.linear_recurrence.cost:kernel_flops',
     'selective_scan_': 'effjax.kernels.selective_scan.cost:kernel_flops',

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -15,25 +14,6 @@ COARSE, FINE, SEEN, LEFT, BETA = range(5)  # the rows of `rows`
 def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     """A number a row (axis 0) or a column (axis 1), over a whole matrix."""
     return lax.broadcast_in_dim(x, shape, [axis])
-
-
-def indices(size: int) -> list[jax.Array]:
-    """Row and column of each element of [C, C]."""
-    return [
-        plgpu.broadcasted_iota(jnp.int32, (size, size), axis, layout=plgpu.Layout.WGMMA)
-        for axis in (0, 1)
-    ]
-
-
-def product(shape: tuple[int, int], *pairs: tuple[Any, Any]) -> jax.Array:
-    """The sum of products of pairs of matrices in shared memory, float32."""
-
-    def multiply(accumulator):
-        for a, b in pairs:
-            plgpu.wgmma(accumulator, a, b)
-        return accumulator[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
 
 
 def between(rows: Any, size: int, *, reverse: bool = False) -> jax.Array:

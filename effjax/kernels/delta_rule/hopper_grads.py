@@ -25,8 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from effjax.kernels.delta_rule import hopper_blocks as blocks
-from effjax.kernels.delta_rule.hopper_blocks import BETA, BY_ROW, LEFT, SEEN, along, product
+from effjax.kernels.delta_rule.hopper_blocks import BETA, BY_ROW, LEFT, SEEN, along
 from effjax.kernels.delta_rule.hopper_plan import ROWS, TILE, Plan
+from effjax.kernels.hopper_inverse import indices, product
 from effjax.kernels.hopper_memory import matrix
 
 
@@ -215,7 +216,7 @@ def _pairs(block: _Block) -> jax.Array:
 
     start = _zeros(*square), _zeros(*square), _zeros(plan.size)
     erased, scores, dbeta = lax.fori_loop(0, plan.value_dim // TILE, tile, start)
-    i, j = blocks.indices(plan.size)
+    i, j = indices(plan.size)
     pairs = blocks.between(known.rows, plan.size)
     erased = jnp.where(i > j, erased * pairs, 0.0)  # what overflows stands where the mask is False
     shared.erased[...] = erased.astype(jnp.bfloat16)

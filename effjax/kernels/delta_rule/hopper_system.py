@@ -5,12 +5,7 @@ A block of threads has one chunk of one head. With G the running sums of log-dec
 it returns T, U = T beta V and -W = -T beta e^G K, so that what the tokens write, given the state S
 before the chunk, is U - W S.
 
-T is formed from blocks of one token by doubling, all blocks of the chunk side by side:
-    [P 0; Q R]^-1 = [P^-1 0; -R^-1 Q P^-1 R^-1].
-Every factor is an inverse of a part of the system or a part of A, so that nothing grows that
-cancels later. Rounded to bfloat16 they would still cost up to 5 % of T where beta is near 2 (two
-keys alike then turn a value over and over), so each is split into two bfloat16 numbers, whose
-products leave 1e-4.
+It is formed by `hopper_inverse`.
 """
 
 import functools
@@ -23,8 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from effjax.kernels.delta_rule import hopper_blocks as blocks
-from effjax.kernels.delta_rule.hopper_blocks import BETA, BY_COLUMN, BY_ROW, SEEN, along, product
+from effjax.kernels.delta_rule.hopper_blocks import BETA, BY_COLUMN, BY_ROW, SEEN, along
 from effjax.kernels.delta_rule.hopper_plan import Plan
+from effjax.kernels.hopper_inverse import Room, indices, invert, product
 from effjax.kernels.hopper_memory import matrix
 
 
@@ -92,7 +88,8 @@ def _body(plan: Plan, k, v, rows, inverse, reads, values, shared: _Shared) -> No
     plgpu.copy_gmem_to_smem(v.at[row, tokens, head], shared.v, shared.arrived)
     plgpu.copy_gmem_to_smem(rows.at[row, head, chunk], shared.rows, shared.arrived)
     plgpu.barrier_wait(shared.arrived)
-    found = _invert(plan.size, _system(plan.size, shared), shared)
+    room = Room(shared.system, shared.inverse, shared.between)
+    found = invert(plan.size, _system(plan.size, shared), room)
     square = plan.size, plan.size
     by_value = found * along(plgpu.load(shared.rows.at[BETA], layout=BY_COLUMN), square, 1)
     by_key = by_value * along(plgpu.load(shared.rows.at[SEEN], layout=BY_COLUMN), square, 1)
@@ -120,42 +117,7 @@ def _multiply(by: Any, x: Any, width: int) -> None:
 
 def _system(size: int, shared: _Shared) -> jax.Array:
     """A, [C, C]."""
-    i, j = blocks.indices(size)
+    i, j = indices(size)
     beta = along(plgpu.load(shared.rows.at[BETA], layout=BY_ROW), (size, size), 0)
     keys = product((size, size), (shared.k, shared.k.T)) * blocks.between(shared.rows, size)
     return jnp.where(i > j, keys * beta, 0.0)  # what overflows stands where the mask is False
-
-
-def _invert(size: int, system: jax.Array, shared: _Shared) -> jax.Array:
-    """(I + A)^-1, [C, C]."""
-    i, j = blocks.indices(size)
-    apart, square = i ^ j, (size, size)
-
-    def beside(half: int) -> jax.Array:
-        """Where the blocks Q are."""
-        return (i > j) & (apart >= half) & (apart < 2 * half)
-
-    inverse = jnp.where(i == j, 1.0, 0.0) - jnp.where(beside(1), system, 0.0)
-    _split(system, shared.system)
-    half = 2
-    while half < size:
-        _split(inverse, shared.inverse)
-        plgpu.commit_smem()
-        right = product(square, *_parts(shared.system, shared.inverse))
-        _split(jnp.where(beside(half), right, 0.0), shared.between)
-        plgpu.commit_smem()
-        inverse = inverse - product(square, *_parts(shared.inverse, shared.between))
-        half *= 2
-    return inverse
-
-
-def _split(x: jax.Array, target: Any) -> None:
-    """Writes x as the sum of two bfloat16 matrices."""
-    high = x.astype(jnp.bfloat16)
-    target.at[0][...] = high
-    target.at[1][...] = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
-def _parts(a: Any, b: Any) -> list[tuple[Any, Any]]:
-    """The pairs of parts whose products matter."""
-    return [(a.at[0], b.at[0]), (a.at[0], b.at[1]), (a.at[1], b.at[0])]

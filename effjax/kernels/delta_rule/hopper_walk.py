@@ -23,8 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from effjax.kernels.delta_rule import hopper_blocks as blocks
-from effjax.kernels.delta_rule.hopper_blocks import BY_ROW, LEFT, SEEN, along, product
+from effjax.kernels.delta_rule.hopper_blocks import BY_ROW, LEFT, SEEN, along
 from effjax.kernels.delta_rule.hopper_plan import ROWS, Walk
+from effjax.kernels.hopper_inverse import indices, product
 from effjax.kernels.hopper_memory import matrix
 
 _STATE, _OTHER, _COPIES = range(3)  # the roles
@@ -296,7 +297,7 @@ def _weights(block: _Block, rings: _Rings) -> None:
     size, reverse = block.walk.size, block.walk.reverse
     a, b = (rings.k, rings.q) if reverse else (rings.q, rings.k)
     scores = product((size, size), (a, b.T)) * blocks.between(rings.rows, size, reverse=reverse)
-    i, j = blocks.indices(size)
+    i, j = indices(size)
     # What overflows stands where the mask is False.
     weights = jnp.where(i <= j if reverse else i >= j, scores, 0.0)
     block.shared.weights[...] = weights.astype(jnp.bfloat16)

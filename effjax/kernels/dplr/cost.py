@@ -4,9 +4,10 @@ Plain Python: `effjax.costs` imports it without jax.
 """
 
 import math
+from typing import Any
 
 from effjax.kernels import halving
-from effjax.kernels.dplr import tpu_plan
+from effjax.kernels.dplr import hopper_plan, tpu_plan
 
 CHUNK = 64  # tokens of a chunk unless the caller says otherwise
 LEAF = 16  # longest block whose pairs are formed one by one
@@ -57,9 +58,15 @@ def executed_flops(
     """FLOPs of the forward pass that an implementation really executes, as the walk counts them.
 
     Of the 'reference' the products: two readings of the state. Of 'xla' all but elementwise work,
-    which pairs inside leaves are, and of 'pallas_tpu', whose chunks here are those for bfloat16.
+    which pairs inside leaves are, and of the kernels, which have chunks of their own, of
+    'pallas_tpu' here those for bfloat16.
     """
     state = key_dim * value_dim
+    if implementation == 'pallas_gpu':
+        found = hopper_plan.plan_for(heads, key_dim, value_dim)
+        if found is None:
+            raise ValueError(f'dplr: pallas_gpu has no plan for {(heads, key_dim, value_dim)}.')
+        return float(batch * -(-length // found.size) * found.forward_flops)
     if implementation == 'pallas_tpu':
         plan = tpu_plan.plan_for(length, heads, key_dim, value_dim, itemsize=2)
         if plan is None:
@@ -80,3 +87,19 @@ def executed_flops(
     inside = halves + solve + 6 * size * size * value_dim
     across = 8 * size * state
     return float(chunks * (inside + across + 2 * size * key_dim))
+
+
+def kernel_flops(call: Any) -> float:
+    """FLOPs of one call of a Hopper kernel, a `costs.products.KernelCall`."""
+    shapes = [x.shape for x in call.inputs]
+    batch, length, heads, key_dim = shapes[1]  # of keys in all of them
+    values = {'dplr_solved': 2, 'dplr_gradients': 6}.get(call.name)
+    plan = hopper_plan.plan_for(heads, key_dim, shapes[values][3] if values else hopper_plan.PART)
+    assert plan is not None
+    flops = {
+        'dplr_system': plan.system_flops(save=False),
+        'dplr_system_saved': plan.system_flops(save=True),
+        'dplr_solved': plan.solved_flops,
+        'dplr_gradients': plan.gradients_flops,
+    }[call.name]
+    return float(batch * (length // plan.size) * heads * flops)

@@ -6,9 +6,9 @@ import jax
 
 from effjax.kernels import choice
 from effjax.kernels.devices import refuse_short
-from effjax.kernels.dplr import cost, problem, reference, tpu, xla
+from effjax.kernels.dplr import cost, hopper, problem, reference, tpu, xla
 
-_KERNELS = {'pallas_tpu': tpu}
+_KERNELS = {'pallas_tpu': tpu, 'pallas_gpu': hopper}
 _IMPLEMENTATIONS = {**_KERNELS, 'xla': xla, 'reference': reference}
 
 
@@ -51,7 +51,8 @@ def dplr(
       segment_ids: int32 [B, T], the document of each token, 0 is padding. None: one document.
       return_state: also return the state of the row's last document after its last token.
       chunk: tokens of a chunk of 'xla', 128 at most; changes speed and rounding only.
-      implementation: 'pallas_tpu', 'xla', 'reference', or None for the best that can run.
+      implementation: 'pallas_tpu', 'pallas_gpu', 'xla', 'reference', or None for the best that can
+        run.
 
     Returns:
       o [B, T, H, V] in the dtype of q, or (o, state [B, H, K, V]) with the state in float32.

@@ -130,7 +130,8 @@ def kernel_flops(call: Any) -> float:
         batch, length, _, key_dim = call.inputs[0].shape
         states = call.name.endswith('_states')
         _, heads, _, value_dim = call.outputs[0 if states else 1].shape  # the last state
-        given = call.name.endswith('_given')
-        walk = hopper_plan.Walk(key_dim, given=given, readers=0 if states else 2)
+        across = call.name.endswith('_across')
+        given = across or call.name.endswith('_given')
+        walk = hopper_plan.Walk(key_dim, given=given, across=across, readers=0 if states else 2)
         each = walk.flops(value_dim)
     return float(batch * (length // hopper_plan.CHUNK) * heads * each)

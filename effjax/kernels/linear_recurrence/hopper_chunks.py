@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from effjax.kernels.linear_recurrence.hopper_kernels import COLUMNS, ROWS, along
+from effjax.kernels.linear_recurrence.hopper_kernels import COLUMNS, ROWS, along, product
 from effjax.kernels.linear_recurrence.hopper_plan import CHUNK, PART, Plan
 
 FLOOR = -192.0  # 2 to the power of it is 0 in float32
@@ -178,6 +178,25 @@ def decayed(sums: jax.Array, first: Any, which: Any = None) -> jax.Array:
         first = plgpu.load(first, layout=ROWS)
         sums = sums + down(first if which is None else jnp.where(which, first, 0.0))
     return jnp.exp2(sums)
+
+
+def keep(parts: list[Any], decay: Any, free: Any, target: Any) -> None:
+    """Leaves decays over the chunk [K] in shared memory.
+
+    A product turns them from columns into rows.
+
+    Args:
+      parts: the columns of the keys, some at a time.
+      decay: log-decays in shared memory, [C, K].
+      free: shared memory of the same shape.
+      target: in shared memory, [K].
+    """
+    ones = free.at[:, parts[0]]
+    ones[...] = plgpu.layout_cast(jnp.ones(SQUARE, jnp.bfloat16), WGMMA)
+    plgpu.commit_smem()
+    for part in parts:
+        total = product(SQUARE, decay.at[:, part].T, ones)
+        target.at[part][...] = jnp.exp2(jnp.sum(total, axis=1) * (1.0 / CHUNK))
 
 
 def params() -> plgpu.CompilerParams:

@@ -10,6 +10,7 @@ running sums of log-decays in a chunk and S the state before it, a walk forwards
 and one backwards, where the state comes from behind the chunk,
     o_i = sum_{j >= i} (q_i k_j) e^(G_j - G_i) v_j + e^(G_C - G_i) q_i S,
     S'  = e^(G_C) S + sum_j k_j (e^(G_j) v_j)^T.
+Where a chunk has a matrix P that the state goes through, P S is part of S', or backwards P^T S.
 """
 
 import functools
@@ -21,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from effjax.kernels import hopper_inverse
 from effjax.kernels.hopper_memory import matrix
 from effjax.kernels.linear_recurrence.hopper_plan import Walk
 
@@ -38,6 +40,7 @@ class _Inputs(NamedTuple):
     like: Any = None
     weights: Any = None
     kept: Any = None
+    across: Any = None
 
 
 class _Shared(NamedTuple):
@@ -75,7 +78,9 @@ class _Outputs(NamedTuple):
     rows: Any = None
 
 
-def run(walk: Walk, q, k, v, sums, state, like=None, weights=None, kept=None) -> _Outputs:
+def run(
+    walk: Walk, q, k, v, sums, state, like=None, weights=None, kept=None, across=None
+) -> _Outputs:
     """Runs the recurrence over whole chunks.
 
     Args:
@@ -88,6 +93,7 @@ def run(walk: Walk, q, k, v, sums, state, like=None, weights=None, kept=None) ->
       like: bfloat16 [B, N * C, G, V], or None.
       weights: bfloat16 [B, H, N, C, C], of pairs, or None; a walk backwards takes the transposed.
       kept: float32 [B, H, N, K], the share of the state's rows that each chunk keeps, or None.
+      across: bfloat16 [B, H, N, K, K], P of each chunk, or None.
 
     Returns:
       o [B, N * C, H, V], or None without readers; the last state; and where asked for: states at
@@ -107,7 +113,7 @@ def run(walk: Walk, q, k, v, sums, state, like=None, weights=None, kept=None) ->
         else None,
         None if like is None else shape((tiles, batch, heads, chunks, walk.size), jnp.float32),
     )
-    inputs = _Inputs(q, k, v, sums, like, weights, kept)
+    inputs = _Inputs(q, k, v, sums, like, weights, kept, across)
     there = [i is not None for i in (*inputs, *out)]
     args = [x for x in inputs if x is not None]
     results = plgpu.kernel(
@@ -128,7 +134,9 @@ def run(walk: Walk, q, k, v, sums, state, like=None, weights=None, kept=None) ->
 
 
 def _suffix(walk: Walk) -> str:
-    return '_given' if walk.given else '' if walk.readers else '_states'
+    if walk.given:
+        return '_across' if walk.across else '_given'
+    return '' if walk.readers else '_states'
 
 
 def _spread(there: list[bool], found: Any) -> list[Any]:
@@ -152,6 +160,7 @@ def _scratch(walk: Walk, there: list[bool]) -> Any:
             matrix(walk.stages, size, tile) if like else None,
             matrix(walk.stages, size, size) if walk.given else None,
             plgpu.SMEM((walk.stages, width), jnp.float32) if walk.given else None,
+            matrix(walk.stages, width, width) if walk.across else None,
         ),
         states=matrix(walk.slots, width, tile) if walk.readers else None,
         out=matrix(walk.readers, size, tile) if walk.readers else None,
@@ -233,7 +242,7 @@ def _bring(block: _Block) -> None:
         for name, source in block.inputs._asdict().items():
             if source is None:
                 continue
-            if name in ('sums', 'weights', 'kept'):
+            if name in ('sums', 'weights', 'kept', 'across'):
                 which = row if source.shape[0] > 1 else 0
                 of = lax.div(head, jnp.int32(heads // source.shape[1]))
                 source = source.at[which, of, chunk]
@@ -281,11 +290,16 @@ def _write(block: _Block) -> None:
             values = shared.written
         new = []
         for part, x in zip(parts, state, strict=True):
-            added = product((walk.rows, walk.tile), rings.k.at[stage, :, part].T, values)
+            pairs = [(rings.k.at[stage, :, part].T, values)]
+            if rings.across is not None:
+                pairs.append((_through(block, stage, part), shared.states.at[slot]))
+            added = hopper_inverse.product((walk.rows, walk.tile), *pairs)
             if rings.kept is not None:
                 kept = plgpu.load(rings.kept.at[stage, part], layout=ROWS)
                 whole = along(kept, x.shape, 0)
             new.append((x if whole is None else x * whole) + added)
+        if rings.kept is not None:  # what was read of it may be overwritten by copies after this
+            plgpu.commit_smem()
         plgpu.barrier_arrive(shared.empty.at[stage])
         return new
 
@@ -408,6 +422,14 @@ def _decayed(block: _Block, stage: jax.Array, scores: jax.Array) -> jax.Array:
     return jnp.where(i <= j if block.walk.reverse else i >= j, scores, 0.0)
 
 
+def _through(block: _Block, stage: jax.Array, part: Any) -> Any:
+    """Rows of the matrix that a chunk's state goes through."""
+    across = block.shared.rings.across
+    if block.walk.reverse:
+        return across.at[stage, :, part].T
+    return across.at[stage, part]
+
+
 def _decays(block: _Block, stage: jax.Array, which: int) -> jax.Array:
     """Decays of the tokens of a chunk, down the rows of a matrix."""
     return plgpu.load(block.shared.rings.sums.at[stage, which], layout=ROWS)
@@ -420,9 +442,4 @@ def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
 
 def product(shape: tuple[int, int], a: Any, b: Any) -> jax.Array:
     """A product of matrices in shared memory, float32."""
-
-    def multiply(accumulator):
-        plgpu.wgmma(accumulator, a, b)
-        return accumulator[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+    return hopper_inverse.product(shape, (a, b))

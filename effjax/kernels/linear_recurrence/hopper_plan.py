@@ -31,6 +31,7 @@ class Walk:
       slots: chunks whose states are there, likewise.
       staged: weights go through shared memory, not registers, into the second product.
       given: weights of pairs and what is kept of the state are read, with decays of single keys.
+      across: so is a matrix that the state goes through beside that.
       size: tokens of a chunk.
     """
 
@@ -45,6 +46,7 @@ class Walk:
     slots: int = 2
     staged: bool = False
     given: bool = False
+    across: bool = False
     size: int = CHUNK
 
     @property
@@ -64,6 +66,7 @@ class Walk:
         matrices = self.size * (keys + (2 if self.like else 1) * self.tile)
         stage = 2 * matrices + (16 * self.size if self.decays else 0)
         stage += (2 * self.size**2 + 4 * self.key_dim) if self.given else 0
+        stage += 2 * self.key_dim**2 if self.across else 0
         staged = self.staged and not self.given
         reader = self.size * (2 * self.tile + 4 * self.like + 2 * staged * self.size)
         written = 2 * self.size * self.tile if self.decays else 0
@@ -82,7 +85,8 @@ class Walk:
             return 2 * self.size * self.key_dim * value_dim
         scores = 0 if self.given else value_dim // self.tile * self.key_dim
         pairs = scores + value_dim
-        return 2 * self.size * (self.size * pairs + 2 * self.key_dim * value_dim)
+        across = 2 * self.key_dim**2 * value_dim if self.across else 0
+        return 2 * self.size * (self.size * pairs + 2 * self.key_dim * value_dim) + across
 
 
 def fitted(walk: Walk) -> Walk:

@@ -17,6 +17,7 @@ from effjax.kernels.linear_recurrence.hopper_chunks import (
     decayed,
     either,
     firsts,
+    keep,
     left,
     number,
     over_levels,
@@ -94,7 +95,7 @@ def _weights(plan: Plan, q, k, log_decay, read, written, pairs, kept, shared: _W
         decay = bounded(plan, at.tokens(log_decay, at.head, part))
         shared.decay.at[:, part][...] = decay.astype(jnp.bfloat16)
     first = firsts(plan, decay, shared.first)
-    _keep(parts, shared)
+    keep(parts, shared.decay, shared.z, shared.kept)
     plgpu.barrier_wait(shared.arrived)
     these = pairs_of_chunk(plan)
     found = _weigh(plan, these, parts, first, shared)
@@ -116,16 +117,6 @@ def _weights(plan: Plan, q, k, log_decay, read, written, pairs, kept, shared: _W
     plgpu.copy_smem_to_gmem(shared.square, at.own(pairs))
     plgpu.copy_smem_to_gmem(shared.kept, at.own(kept))
     plgpu.wait_smem_to_gmem(0)
-
-
-def _keep(parts: list[Any], shared: _Weights) -> None:
-    """Decays over the chunk. A product turns them from columns into rows."""
-    ones = shared.z.at[:, parts[0]]
-    ones[...] = plgpu.layout_cast(jnp.ones(SQUARE, jnp.bfloat16), WGMMA)
-    plgpu.commit_smem()
-    for part in parts:
-        total = product(SQUARE, shared.decay.at[:, part].T, ones)
-        shared.kept.at[part][...] = jnp.exp2(jnp.sum(total, axis=1) * (1.0 / CHUNK))
 
 
 def _weigh(plan: Plan, these: Pairs, parts: list[Any], first: Any, shared: _Weights) -> jax.Array:

@@ -14,6 +14,7 @@ from effjax.kernels import (
     attention,
     delta_rule,
     diagonal_scan,
+    dplr,
     grouped_product,
     linear_recurrence,
     selective_scan,
@@ -148,6 +149,48 @@ def delta(b: int, t: int, h: int, k: int, v: int) -> Case:
     )
 
 
+def rank_one(b: int, t: int, h: int, k: int, v: int) -> Case:
+    """RWKV-7's recurrence in bfloat16, [B, T, H, K] keys and [B, T, H, V] values.
+
+    Its floor counts the four matrices of a chunk's pairs, their products with values and with what
+    the transitions read, those with the state, and one triangular solve a pass, for the columns of
+    values: half a product. The backward pass forms the weights of pairs anew.
+    """
+
+    def make(key: jax.Array) -> Arrays:
+        keys = jax.random.split(key, 6)
+        read = _normal(keys[3], (b, t, h, k), jnp.float32)
+        read = read / jnp.linalg.norm(read, axis=-1, keepdims=True)
+        rate = jax.nn.sigmoid(_normal(keys[4], (b, t, h, k), jnp.float32))
+        return (
+            _normal(keys[0], (b, t, h, k)) * k**-0.5,
+            _normal(keys[1], (b, t, h, k)) * k**-0.5,
+            _normal(keys[2], (b, t, h, v)),
+            read.astype(jnp.bfloat16),
+            (-read * rate).astype(jnp.bfloat16),
+            -(
+                np.float32(np.exp(-0.5))
+                * jax.nn.sigmoid(_normal(keys[5], (b, t, h, k), jnp.float32))
+            ),
+        )
+
+    def run(implementation: str | None, *arrays: jax.Array) -> jax.Array:
+        return dplr(*arrays, implementation=implementation)
+
+    tokens, state = float(b * t * h), k * v
+    return Case(
+        'diagonal and rank one',
+        f'{b},{t},{h},{k},{v}',
+        make,
+        run,
+        ('pallas_gpu', 'xla'),
+        (
+            tokens * (CHUNK * (8 * k + 7 * v) + 8 * state),
+            tokens * (CHUNK * (24 * k + 15 * v) + 16 * state),
+        ),
+    )
+
+
 def scan(b: int, t: int, d: int) -> Case:
     """The elementwise recurrence in float32."""
 
@@ -256,6 +299,8 @@ CASES = (
     recurrence('fixed', 4, 8192, 16, 128, 128),
     recurrence('vector', 4, 8192, 16, 128, 128),
     delta(4, 8192, 16, 128, 128),
+    rank_one(4, 8192, 16, 64, 64),
+    rank_one(4, 8192, 16, 128, 128),
     scan(8, 4096, 2048),
     scan(8, 16384, 2048),
     mamba(8, 2048, 4096, 16),
@@ -272,6 +317,7 @@ SMALL = (
     recurrence('fixed', 1, 64, 2, 16, 16),
     recurrence('vector', 1, 64, 2, 16, 16),
     delta(1, 64, 2, 16, 16),
+    rank_one(1, 64, 2, 16, 16),
     scan(1, 64, 8),
     mamba(1, 64, 8, 4),
     average(1, 64, 8),

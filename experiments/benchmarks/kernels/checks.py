@@ -18,6 +18,7 @@ from effjax.kernels import (
     attention,
     delta_rule,
     diagonal_scan,
+    dplr,
     grouped_product,
     linear_recurrence,
     selective_scan,
@@ -202,6 +203,43 @@ def delta(
     bound = 0.02 if extreme or alike else 0.01
     run = _with_state(delta_rule)
     return Check(name, 'delta_rule', make, run, _truth(t), bound, why, looser)
+
+
+def rank_one(
+    name: str,
+    shape: tuple[int, int, int, int, int],
+    *,
+    packed: bool = False,
+    extreme: bool = False,
+    alike: bool = False,
+) -> Check:
+    """RWKV-7's recurrence [B, T, H, K, V] in bfloat16; `alike`: one key throughout."""
+    b, t, h, k, v = shape
+
+    def make(key: jax.Array) -> tuple[Arrays, Arrays]:
+        keys = jax.random.split(key, 9)
+        read = _normal(keys[3], (b, 1 if alike else t, h, k))
+        read = read / jnp.linalg.norm(read, axis=-1, keepdims=True)
+        read = jnp.broadcast_to(read, (b, t, h, k))
+        log_decay = -0.6 * jax.nn.sigmoid(_normal(keys[5], (b, t, h, k)))
+        inputs = {
+            'q': _half(_normal(keys[0], (b, t, h, k)) * k**-0.5),
+            'k': _half(read if alike else _normal(keys[1], (b, t, h, k)) * k**-0.5),
+            'v': _half(_normal(keys[2], (b, t, h, v))),
+            'read': _half(read),
+            'write': _half(-read * _uniform(keys[4], (b, t, h, k), 0.0, 1.0)),
+            'log_decay': _extreme(keys[6], log_decay) if extreme else log_decay,
+            'initial_state': _normal(keys[7], (b, h, k, v)),
+        }
+        return inputs, {'segment_ids': documents(keys[8], b, t)} if packed else {}
+
+    looser = {'dlog_decay': 0.06 if extreme else 0.04 if alike else 0.03}
+    why = f'{HALF}; {FLOW}; {STRONG}' if extreme else f'{HALF}; {FLOW}'
+    if alike:
+        why = f'{why}; each token takes away most of what the ones before wrote'
+    bound = 0.02 if extreme or alike else 0.01
+    run = _with_state(dplr)
+    return Check(name, 'dplr', make, run, _truth(t), bound, why, looser)
 
 
 def diagonal(
@@ -420,6 +458,12 @@ def checks(*, small: bool = False) -> tuple[Check, ...]:
         delta('delta rule', of(odd, tiny)),
         delta('delta rule, documents', of(odd, row), **packed),
         delta('delta rule, one key', of(odd, tiny), alike=True),
+        rank_one('diagonal and rank one, documents', of((2, 1003, 4, 64, 64), row), **packed),
+        rank_one('diagonal and rank one', of((4, 8192, 16, 64, 64), tiny)),
+        rank_one('diagonal and rank one, wide', of((1, 515, 2, 128, 256), tiny), **packed),
+        rank_one('diagonal and rank one, odd sides', of((2, 301, 3, 40, 72), tiny)),
+        rank_one('diagonal and rank one, extreme', of((2, 1003, 4, 64, 64), tiny), extreme=True),
+        rank_one('diagonal and rank one, one key', of((2, 1003, 4, 64, 64), tiny), alike=True),
         diagonal('diagonal scan, documents', of((2, 1003, 300), steps), **packed),
         diagonal('diagonal scan', of((8, 4096, 2048), steps)),
         diagonal('diagonal scan, reverse', of((2, 1003, 300), steps), reverse=True, **packed),

@@ -125,6 +125,10 @@ def _fla_op(case: Case) -> Callable[..., Any]:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
         return lambda q, k, v, beta, g: chunk_gated_delta_rule(q, k, v, g, beta, scale=1.0)
+    if case.op == 'diagonal and rank one':
+        from fla.ops.generalized_delta_rule import chunk_dplr_delta_rule
+
+        return lambda q, k, v, a, b, g: chunk_dplr_delta_rule(q, k, v, a, b, g, scale=1.0)
     raise NotImplementedError('no such operation')
 
 
@@ -141,6 +145,9 @@ def _fla_tensors(case: Case) -> list[Any]:
     if case.op == 'delta rule':
         tensors[1] = functions.normalize(tensors[1], dim=-1)
         tensors[3] = tensors[3].sigmoid()
+    if case.op == 'diagonal and rank one':
+        tensors[3] = functions.normalize(tensors[3], dim=-1)
+        tensors[4] = -tensors[3] * tensors[4].sigmoid()
     if len(tensors) > 3:
         tensors[-1] = -functions.softplus(tensors[-1] - 2)
     return tensors
