@@ -125,6 +125,17 @@ def _seeded() -> None:
     np.random.seed(0)
 
 
+@pytest.fixture
+def two_steps():
+    """For training two steps: compiled as in `make test`, since compiling is nearly all of it."""
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', before)
+
+
 @pytest.fixture(scope='session')
 def repository() -> pathlib.Path:
     """The project's root folder."""
