@@ -10,6 +10,7 @@ import pathlib
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
@@ -126,11 +127,11 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def two_steps():
-    """For training two steps: compiled as in `make test`, since compiling is nearly all of it."""
+def quick_compile() -> Iterator[None]:
+    """Compiles as `make test` does, without LLVM's passes: for what runs once or twice in `ci`."""
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values['jax_disable_most_optimizations']
     jax.config.update('jax_disable_most_optimizations', True)
     yield
     jax.config.update('jax_disable_most_optimizations', before)

@@ -42,7 +42,7 @@ def test_a_rows_config_builds(name, repository):
 
 
 @pytest.mark.ci
-@pytest.mark.usefixtures('two_steps')
+@pytest.mark.usefixtures('quick_compile')
 @pytest.mark.parametrize('name', METHODS)
 def test_a_rows_config_trains(name, repository, tmp_path):
     combined = pairs.combine([METHODS[name]], repository)
