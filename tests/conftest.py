@@ -10,6 +10,7 @@ import pathlib
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
@@ -123,6 +124,17 @@ def _seeded() -> None:
 
     random.seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def quick_compile() -> Iterator[None]:
+    """Compiles as `make test` does, without LLVM's passes: for what runs once or twice in `ci`."""
+    import jax
+
+    before = jax.config.values['jax_disable_most_optimizations']
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', before)
 
 
 @pytest.fixture(scope='session')

@@ -29,6 +29,7 @@ def test_a_config_builds_at_its_own_shape(name, repository):
 
 # The others are made of parts that train as rows of `effjax.methods`.
 @pytest.mark.ci
+@pytest.mark.usefixtures('quick_compile')
 @pytest.mark.parametrize('name', NAMES[5:])
 def test_a_config_trains_two_steps(name, repository, tmp_path):
     done = train.run(pairs.tiny(load(repository, name)), tmp_path)

@@ -72,6 +72,7 @@ def test_a_pair_builds_or_is_refused_as_stored(key, repository):
 
 
 @pytest.mark.ci
+@pytest.mark.usefixtures('quick_compile')
 @pytest.mark.parametrize(
     'key',
     [

@@ -13,6 +13,13 @@ from jax.experimental.pallas import tpu as pltpu
 from effjax.kernels import target
 
 
+@pytest.fixture(autouse=True)
+def _quickly(request: pytest.FixtureRequest) -> None:
+    """Interpreted kernels run once, after long compiling; what is for a chip stays as it is."""
+    if 'tpu_sharding' not in request.fixturenames:
+        request.getfixturevalue('quick_compile')
+
+
 @pytest.fixture
 def interpreted() -> Callable:
     """Returns `interpreted(implementation)`: kernels are interpreted inside, and races raise."""

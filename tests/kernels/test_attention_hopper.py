@@ -72,12 +72,13 @@ CASES = {
         {'mask': SPECS['both sides'], 'segment_ids': DOCUMENTS[:, :230], 'soft_cap': 2.0},
     ),
 }
-FAST = ('window of documents',)
+# The kernels see lists of blocks and their patterns; `test_lists_say_the_mask` has all of these.
+BY_HAND = ('both sides', 'segments', 'strides')
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
-    'name', [n if n in FAST else pytest.param(n, marks=pytest.mark.ci) for n in CASES]
+    'name', [pytest.param(n, marks=pytest.mark.slow if n in BY_HAND else ()) for n in CASES]
 )
 def test_values_and_gradients_in_the_interpreter(name, monkeypatch):
     make, call = CASES[name]
@@ -86,10 +87,10 @@ def test_values_and_gradients_in_the_interpreter(name, monkeypatch):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize('kernel', ['forward', 'queries', 'keys'])
 @pytest.mark.parametrize('size', [(2, 64), (2, 128), (3, 64)])
-def test_other_sizes_of_rings(kernel, size, monkeypatch):
-    monkeypatch.setitem(hopper.SIZES, (kernel, 64), size)
+def test_other_sizes_of_rings(size, monkeypatch):
+    for kernel in ('forward', 'queries', 'keys'):
+        monkeypatch.setitem(hopper.SIZES, (kernel, 64), size)
     call = {'mask': SPECS['window and globals']}
     assert max(errors(inputs(heads=2), monkeypatch, **call)) < 2**-7
 

@@ -130,20 +130,21 @@ def test_is_the_delta_rule_where_it_should_be():
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize('strength', [0.0, -1e-4, -50.0, -1e30, -np.inf])
-def test_extreme_decays_stay_finite_and_right(strength):
+def test_extreme_decays_stay_finite_and_right():
     """Every third token decays by so much, the others a little: those must stay exact."""
-    arrays = inputs(seed=4, length=70)
-    arrays['log_decay'][:, ::3] = strength
 
     def both(arrays):
         o, last = call(arrays)
         return jnp.sum(jnp.sin(o)) + jnp.sum(last), o
 
-    (_, o), grads = jit(jax.value_and_grad(both, has_aux=True))(arrays)
-    expected, _ = equation(arrays, np.ones((B, 70), np.int32))
-    np.testing.assert_allclose(o, expected, atol=1e-4, rtol=1e-4)
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    run = jit(jax.value_and_grad(both, has_aux=True))
+    for strength in (0.0, -1e-4, -50.0, -1e30, -np.inf):
+        arrays = inputs(seed=4, length=70)
+        arrays['log_decay'][:, ::3] = strength
+        (_, o), grads = run(arrays)
+        expected, _ = equation(arrays, np.ones((B, 70), np.int32))
+        np.testing.assert_allclose(o, expected, atol=1e-4, rtol=1e-4)
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
 @pytest.mark.ci

@@ -158,17 +158,17 @@ def test_a_row_may_be_cut_anywhere(name):
 
 @pytest.mark.ci
 @pytest.mark.parametrize('name', ['scalar', 'vector', 'vector_bonus'])
-@pytest.mark.parametrize('strength', [0.0, -1e-4, -50.0, -1e30, -np.inf])
-def test_extreme_decays_stay_finite_and_right(name, strength):
+def test_extreme_decays_stay_finite_and_right(name):
     """Every third token decays by so much, the others a little: those must stay exact."""
-    arrays = inputs(**CASES[name], seed=4, length=70)
-    arrays['log_decay'][:, ::3] = strength
     run = jit(jax.value_and_grad(lambda a: _sum(call(a)), has_aux=True))
-    (_, o), grads = run(arrays)
-    expected, _ = equation(arrays, np.ones((B, 70), np.int32))
-    # Without decay 70 products of order 5 add up.
-    np.testing.assert_allclose(o, expected, atol=3e-5, rtol=3e-5)
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    for strength in (0.0, -1e-4, -50.0, -1e30, -np.inf):
+        arrays = inputs(**CASES[name], seed=4, length=70)
+        arrays['log_decay'][:, ::3] = strength
+        (_, o), grads = run(arrays)
+        expected, _ = equation(arrays, np.ones((B, 70), np.int32))
+        # Without decay 70 products of order 5 add up.
+        np.testing.assert_allclose(o, expected, atol=3e-5, rtol=3e-5)
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
 def _sum(result):

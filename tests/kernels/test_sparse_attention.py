@@ -36,12 +36,13 @@ SPECS = {
 }
 ONE = {name: spec for name, spec in SPECS.items() if not spec.branches}
 EACH = pytest.mark.parametrize('spec', SPECS.values(), ids=SPECS)
-# Programs of their own for each mask: one of each kind, and the others in the tier `ci`.
+# Programs of their own for each mask: one of each kind, and the others in the tier `slow`. What
+# each mask allows, and that its plan holds just that, is tested of all without compiling.
 QUICK = ('longformer', 'dilated causal', 'causal bigbird', 'table', 'columns', 'causal longnet')
 COMPILED = pytest.mark.parametrize(
     'spec',
     [
-        pytest.param(spec, id=name, marks=() if name in QUICK else pytest.mark.ci)
+        pytest.param(spec, id=name, marks=() if name in QUICK else pytest.mark.slow)
         for name, spec in SPECS.items()
     ],
 )
@@ -160,8 +161,15 @@ def test_costs_equal_the_walk(spec):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize('form', ['dense', 'blocks'])
-@COMPILED
+@pytest.mark.parametrize(
+    ('form', 'spec'),
+    [
+        pytest.param(form, spec, id=f'{form}-{name}', marks=() if ci else pytest.mark.slow)
+        for name, spec in SPECS.items()
+        for form in ('dense', 'blocks')
+        for ci in [form == 'blocks' or name in QUICK]  # both allow pairs by the same function
+    ],
+)
 def test_documents_are_masked_by_their_own_places(spec, form, monkeypatch):
     if spec.table is not None:
         with pytest.raises(ValueError, match='a table of blocks takes no documents'):
@@ -194,14 +202,14 @@ PACKED = {
 }
 
 
-FEW = ('causal longformer', 'causal longnet', 'columns alone')
+FEW = ('causal longformer', 'causal longnet', 'columns alone', 'rows alone', 'near blocks')
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
     'spec',
     [
-        pytest.param(spec, id=name, marks=() if name in FEW else pytest.mark.ci)
+        pytest.param(spec, id=name, marks=() if name in FEW else pytest.mark.slow)
         for name, spec in PACKED.items()
     ],
 )

@@ -64,6 +64,9 @@ def inputs(length=256, ids=False):
     return q, k, v, jnp.asarray(np.where(documents > 2, 0, documents), jnp.int32)[None]
 
 
+BY_HAND = ('segments', 'strides', 'causal, drawn')
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ('spec', 'documents'),
@@ -71,7 +74,8 @@ def inputs(length=256, ids=False):
         (WIDE['window and globals'], False),
         (WIDE['both sides'], True),
         *[
-            pytest.param(spec, False, marks=pytest.mark.ci)
+            # Whose tiles, tested above, are all that is left to the kernel of these.
+            pytest.param(spec, False, marks=pytest.mark.slow if name in BY_HAND else ())
             for name, spec in WIDE.items()
             if name not in ('window and globals', 'both sides')
         ],

@@ -2,7 +2,8 @@
 
 A new mixer joins by a line in `CONFIGS`. One jitted function serves several properties, since
 compiling is most of the time; rows are cut by padding, so that every cut has one shape. The
-properties that take longest, and further configs, are of the tier `ci`; without `--tier` all run.
+properties that take longest, and further configs, are of the tier `ci`, or of the tier `slow` where
+a further config adds nothing to a property; without `--tier` all run.
 """
 
 import functools
@@ -143,6 +144,23 @@ def rest_in_ci(cases):
         else pytest.param(*c.values, id=c.id, marks=pytest.mark.ci)
         for c in cases
     ]
+
+
+def _slow(cases, when):
+    return [
+        pytest.param(*c.values, id=c.id, marks=pytest.mark.slow) if c.marks and when(c) else c
+        for c in cases
+    ]
+
+
+def once(cases):
+    """Further configs by hand: they change sizes and options, which other properties prove."""
+    return _slow(cases, lambda c: True)
+
+
+def without_plain(cases):
+    """Plain implementations by hand: their gradients are jax's own, nothing of them is ours."""
+    return _slow(cases, lambda c: c.values[1].get('implementation') == 'reference')
 
 
 def _part(kind):
@@ -324,7 +342,7 @@ def test_states_continue_exactly(kind, config):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize(('kind', 'config'), STEPPING)
+@pytest.mark.parametrize(('kind', 'config'), once(STEPPING))
 def test_state_of_a_call_without_one(kind, config):
     """`return_state` from scratch equals the same from an empty state, and steps go on from it."""
     case = case_of(kind, config)
@@ -409,7 +427,7 @@ def test_packed_equals_separate_documents(kind, config):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize(('kind', 'config'), STEPPING)
+@pytest.mark.parametrize(('kind', 'config'), without_plain(STEPPING))
 def test_gradients_against_a_float64_token_loop(kind, config):
     case = case_of(kind, config)
 
@@ -440,7 +458,7 @@ def test_gradients_against_a_float64_token_loop(kind, config):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize(('kind', 'config'), WHOLE)
+@pytest.mark.parametrize(('kind', 'config'), without_plain(WHOLE))
 def test_gradients_against_float64(kind, config):
     """Mixers without steps: against the plain implementation where there is one."""
     case = case_of(kind, config)
@@ -463,7 +481,7 @@ def test_gradients_against_float64(kind, config):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize(('kind', 'config'), CASES)
+@pytest.mark.parametrize(('kind', 'config'), once(CASES))
 def test_extreme_inputs_stay_finite(kind, config):
     case = case_of(kind, config, compute='bfloat16')
 
@@ -480,7 +498,7 @@ def test_extreme_inputs_stay_finite(kind, config):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize(('kind', 'config'), CASES)
+@pytest.mark.parametrize(('kind', 'config'), once(CASES))
 def test_vmap_remat_and_scan_agree(kind, config):
     """A seed axis by vmap, a stack of layers by scan, and rematerialisation change nothing."""
     if kind in WIDE:
@@ -504,30 +522,52 @@ def _forms_agree(case):
 
     @jit
     def everything(two, x):
-        plain = jax.value_and_grad(lambda w: loss_of(scanned(w, x, False), SEGMENTS))(two)
-        remat = jax.value_and_grad(lambda w: loss_of(scanned(w, x, True), SEGMENTS))(two)
-        return plain, remat, jax.vmap(layer, (None, 0))(x, two), scanned(two, x, False)
+        def both(remat):
+            def f(w):
+                y = scanned(w, x, remat)
+                return loss_of(y, SEGMENTS), y
 
-    plain, remat, mapped, stacked = everything(two, case.x)
-    chex.assert_trees_all_close(plain, remat, atol=1e-5, rtol=1e-4)
+            return jax.value_and_grad(f, has_aux=True)(two)
+
+        return both(False), both(True), jax.vmap(layer, (None, 0))(x, two)
+
+    ((value, stacked), grads), ((remat_value, _), remat_grads), mapped = everything(two, case.x)
+    chex.assert_trees_all_close((value, grads), (remat_value, remat_grads), atol=1e-5, rtol=1e-4)
     first = case.forward(case.params, case.x, info)
     other = case.forward(second, case.x, info)
     chex.assert_trees_all_close(mapped, jnp.stack([first, other]), **TOLERANCE)
     chex.assert_trees_all_close(stacked, case.forward(second, first, info), **TOLERANCE)
 
 
-@pytest.mark.ci
-class Variants(chex.TestCase):
-    """With and without jit, through chex's variants."""
+class Jitted(chex.TestCase):
+    """What both of these do, through chex's variants."""
 
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.named_parameters(*FAST)
-    def test_jit_changes_nothing(self, kind, config):
+    def agree(self, kind, config):
         case = case_of(kind, config)
         info = case.info()
         f = self.variant(lambda params, x: case.call(params, x, info)[0])
         expected = case.forward(case.params, case.x, info)
         chex.assert_trees_all_close(f(case.params, case.x), expected, **TOLERANCE)
+
+
+@pytest.mark.ci
+class Variants(Jitted):
+    """With and without jit: one operation at a time, each is compiled by itself."""
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.named_parameters(*[case for case in FAST if case[1] in MAIN])
+    def test_jit_changes_nothing(self, kind, config):
+        self.agree(kind, config)
+
+
+@pytest.mark.slow
+class OtherVariants(Jitted):
+    """The same for the mixers that are not of `MAIN`."""
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.named_parameters(*[case for case in FAST if case[1] not in MAIN])
+    def test_jit_changes_nothing(self, kind, config):
+        self.agree(kind, config)
 
 
 @pytest.mark.parametrize(('kind', 'config'), CASES)
@@ -605,7 +645,7 @@ def test_says_what_it_cannot_do(kind, config):
     )
 
 
-@pytest.mark.parametrize(('kind', 'config'), STEPPING)
+@pytest.mark.parametrize(('kind', 'config'), once(STEPPING))
 def test_refuses_the_state_of_another_config(kind, config):
     """Of other sizes, with an array too many, or without one: at once, not at a product inside."""
     case = case_of(kind, config)

@@ -111,7 +111,7 @@ def test_what_is_far_is_known_through_global_tokens_alone(fill):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize('remat', ['none', pytest.param('dots', marks=pytest.mark.ci)])
+@pytest.mark.parametrize('remat', ['none', pytest.param('dots', marks=pytest.mark.slow)])
 def test_packed_equals_separate_documents(fill, remat):
     """Hidden states and gradients: global tokens pass nothing on between documents."""
     model = build(fill, remat=remat)

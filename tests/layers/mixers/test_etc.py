@@ -138,9 +138,17 @@ def real_of(info):
     return np.asarray(info.segment_ids != 0)[..., None]
 
 
+# The kernel's plain implementation has tests of its own; here in one config, the others by hand.
+FORMS = [
+    pytest.param(kind, name, marks=() if ci else pytest.mark.slow)
+    for kind in KINDS
+    for name in ('xla', 'reference')
+    for ci in [name == 'xla' or kind == 'all said']
+]
+
+
 @pytest.mark.ci
-@pytest.mark.parametrize('implementation', ['xla', 'reference'])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(('kind', 'implementation'), FORMS)
 def test_a_dense_masked_attention_in_numpy(kind, implementation):
     """Values of every piece, with documents, padding and tokens that belong to no group."""
     _, graphdef, params = make(**KINDS[kind], implementation=implementation)
@@ -153,7 +161,10 @@ def test_a_dense_masked_attention_in_numpy(kind, implementation):
 @pytest.mark.ci
 @pytest.mark.parametrize(
     'kind',
-    [k if k == 'all said' else pytest.param(k, marks=pytest.mark.ci) for k in KINDS],
+    [
+        pytest.param(k, marks=pytest.mark.slow if k in ('shared', 'groups apart') else ())
+        for k in KINDS
+    ],
 )
 def test_gradients_are_the_slopes_of_the_numpy_attention(kind):
     """In float64: of the inputs and of every parameter, along a random direction each."""

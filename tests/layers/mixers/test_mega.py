@@ -1,5 +1,7 @@
 """Mega against its paper in numpy, token by token and pair by pair, and what it refuses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from effjax.layers.mixers import mega
 from effjax.layers.mixers.mega import Mega
 
 WIDTH, LENGTH = 6, 23
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def make(causal=True, **kw):
@@ -108,13 +111,18 @@ def test_against_the_paper(chunk, weights, monkeypatch):
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     x = np.asarray(jax.random.normal(jax.random.key(1), (2, LENGTH, WIDTH)))
     expected = [paper(params, row.astype(np.float64), chunk=chunk, weights=weights) for row in x]
-    info = SeqInfo.of(2, LENGTH).positions
-    whole = mixer(jnp.asarray(x), info=SeqInfo(info))[0]
+
+    @jit
+    def both(x):
+        info = SeqInfo.of(2, LENGTH).positions
+        whole = mixer(x, info=SeqInfo(info))[0]
+        first, state, _ = mixer(x[:, :9], info=SeqInfo(info[:, :9]), return_state=True)
+        second = mixer(x[:, 9:], info=SeqInfo(info[:, 9:]), state=state)[0]
+        return whole, jnp.concatenate([first, second], 1)
+
+    whole, joined = both(x)
     # float32 against float64
     np.testing.assert_allclose(whole, expected, atol=2e-5, rtol=1e-4)
-    first, state, _ = mixer(x[:, :9], info=SeqInfo(info[:, :9]), return_state=True)
-    second = mixer(x[:, 9:], info=SeqInfo(info[:, 9:]), state=state)[0]
-    joined = np.concatenate([first, second], 1)
     np.testing.assert_allclose(joined, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -127,12 +135,13 @@ def test_both_ways_against_the_paper(chunk, weights, monkeypatch):
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     x = np.asarray(jax.random.normal(jax.random.key(1), (1, LENGTH, WIDTH)))
     facts = {'chunk': chunk, 'weights': weights, 'causal': False}
-    whole = mixer(jnp.asarray(x), info=SeqInfo.of(1, LENGTH))[0]
+    call = jit(lambda x, info: mixer(x, info=info)[0])
+    whole = call(x, SeqInfo.of(1, LENGTH))
     expected = paper(params, x[0].astype(np.float64), **facts)
     np.testing.assert_allclose(whole[0], expected, atol=2e-5, rtol=1e-4)
     ids = np.array([[1] * 8 + [0] * 2 + [2] * 13], np.int32)
     place = np.concatenate([np.arange(8), [0, 0], np.arange(13)])[None].astype(np.int32)
-    packed = mixer(jnp.asarray(x), info=SeqInfo(jnp.asarray(place), jnp.asarray(ids)))[0]
+    packed = call(x, SeqInfo(jnp.asarray(place), jnp.asarray(ids)))
     for part in (slice(0, 8), slice(10, 23)):
         expected = paper(params, x[0, part].astype(np.float64), **facts)
         np.testing.assert_allclose(packed[0, part], expected, atol=2e-5, rtol=1e-4)

@@ -67,7 +67,7 @@ def test_against_its_weights(kw):
     x = np.random.default_rng(0).normal(size=(1, LENGTH, WIDTH)).astype(np.float32)
     ids = np.array([[1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2]], np.int32)
     positions = np.array([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]], np.int32)
-    y = mixer(jnp.asarray(x), info=SeqInfo(jnp.asarray(positions), jnp.asarray(ids)))[0]
+    y = jax.jit(lambda x, info: mixer(x, info=info)[0])(x, SeqInfo(positions, jnp.asarray(ids)))
     expected = np.concatenate([paper(mixer, np.float64(x[0, :6])), paper(mixer, x[0, 6:])])
     # Fourth (eighth) powers of float32 numbers.
     np.testing.assert_allclose(y[0], expected, atol=1e-4, rtol=1e-4)
