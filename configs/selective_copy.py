@@ -2,8 +2,9 @@
 
 16 tokens among 240 of noise must be said again in order. A state space whose parameters do not
 depend on the input (S4D) keeps time, not content, and cannot tell noise from data; a selective one
-(Mamba) can. The paper's rows have 4096 tokens and its runs 400,000 steps; these are a small form,
-whose accuracy has not been measured yet.
+(Mamba) can. The paper's rows have 4096 tokens and its runs 400,000 steps; these are a small form.
+On an H200 Mamba said 0.9994 of the held-out tokens right and S4D 0.6354, one run each of about 80
+seconds (experiments/selective_copy).
 
     python -m effjax.train --config=configs/selective_copy.py
     python -m effjax.train --config=configs/selective_copy.py:s4d

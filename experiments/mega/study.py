@@ -17,6 +17,6 @@ def get_study() -> Study:
     return dataclasses.replace(
         listops(),
         name='mega',
-        arms=(Arm('attention'), Arm('mega', mega)),
+        arms=(Arm('attention'), Arm('mega', mega, method='mega')),
         question='Does Mega follow the structure of nested lists better than attention?',
     )
