@@ -4,7 +4,8 @@
 deterministic in its `seed`. An operator is a class `Operator(*, <config arguments>)` with
   `bind(change, seed) -> rule`: checks that it can do a change (`growth.change.Change`) and returns
     `rule(leaf, array, kind) -> array` for parameters ('value') and for averages of gradients
-    ('first') and of their squares ('second'), so that the optimizer's state grows by the same map;
+    ('first'), of their squares ('second') and of steps ('step'), so that the optimizer's state
+    grows by the same map;
   `preserves_function`, `breaks_symmetry`: what it promises, tested exactly in float64;
   `moments`: whether the optimizer's state is grown or made anew unless told otherwise.
 What operators know of a parameter is its metadata (`core.axes`): what its dimensions count, which

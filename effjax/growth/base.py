@@ -7,8 +7,9 @@ import jax
 
 from effjax.growth.change import Change, LeafChange
 
-# What an array is: a parameter's values, its gradient's average, or the average of its square.
-Kind = Literal['value', 'first', 'second']
+# What an array is: a parameter's values; an average of its gradients, of their squares, or of steps
+# that an optimizer has already brought to size.
+Kind = Literal['value', 'first', 'second', 'step']
 Rule = Callable[[LeafChange, jax.Array, Kind], jax.Array]
 
 

@@ -45,10 +45,10 @@ class Lemon(Copying):
     def bind(self, change: Change, seed: int) -> Rule:
         """See `Operator.bind`."""
         check.width_only(change, self.name)
-        _check_eps(change)
         mean = any(isinstance(norm, LayerNorm) for _, norm in change.norms.values())
         if mean and change.spaces['embed'][1] % change.spaces['embed'][0]:
             _check_filled_by_mean(change)
+        _check_eps(change)
         copies = self.copies(change, seed)
 
         def rule(leaf: LeafChange, x: jax.Array, kind: Kind) -> jax.Array:
@@ -93,7 +93,7 @@ def _filled(
     """Puts into the last units along `dim` of a grown leaf what has no effect."""
     if leaf.meta.role == 'scale':
         root = math.sqrt(kept(units.old, units.new))
-        y = y * {'value': root, 'first': 1 / root, 'second': 1 / root**2}[kind]
+        y = y * {'value': root, 'first': 1 / root, 'second': 1 / root**2, 'step': 1.0}[kind]
     if not units.padded:
         return y
     last = along(np.arange(units.new) >= units.new - units.padded, dim, leaf)

@@ -17,9 +17,10 @@ from effjax.core.trees import flatten, map_named, parameter_of
 from effjax.growth.base import Kind, Rule
 from effjax.growth.change import Change, LeafChange
 
-# Field of an optimizer's state -> what it holds. `z` is schedule-free's last iterate.
+# Field of an optimizer's state -> what it holds. `z` is schedule-free's last iterate, `ema`
+# Adafactor's momentum.
 _KINDS: dict[str, Kind] = {
-    'mu': 'first', 'trace': 'first', 'ema': 'first', 'nu': 'second', 'v': 'second', 'z': 'value',
+    'mu': 'first', 'trace': 'first', 'nu': 'second', 'v': 'second', 'z': 'value', 'ema': 'step',
 }  # fmt: skip
 _FACTORED = ('v', 'v_row', 'v_col')
 

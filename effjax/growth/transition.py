@@ -77,16 +77,26 @@ def grow(
 
 
 def plan(
-    config_from: Mapping[str, Any], config_to: Mapping[str, Any], operator: Operator
+    config_from: Mapping[str, Any],
+    config_to: Mapping[str, Any],
+    operator: Operator,
+    *,
+    built: tuple[Any, Any] | None = None,
 ) -> Change:
     """Returns the change between two configs, checked as far as no array is needed.
+
+    Args:
+      config_from: the complete config of the small model.
+      config_to: the large one's.
+      operator: what is to grow it.
+      built: both models as `models.build` returned them, where the caller has them.
 
     Raises:
       ConfigError: a change that the operator cannot make.
     """
     small, large = as_dict(config_from), as_dict(config_to)
     check.same_architecture(small, large)
-    change = between(models.build(small), models.build(large))
+    change = between(*(built or (models.build(small), models.build(large))))
     check.sizes(change, changes_eps=operator.changes_eps)
     operator.bind(change, 0)
     return change

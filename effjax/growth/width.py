@@ -2,7 +2,8 @@
 
 Along a dimension that a product does not sum over, a leaf's entries are copied with their unit;
 along one that it sums over they are also multiplied by the copy's share. First moments then follow
-the gradient: times the share along the former, times 1 along the latter; second moments its square.
+the gradient: times the share along the former, times 1 along the latter; second moments its square;
+averages of steps (Adafactor's momentum) are copied.
 """
 
 import zlib
@@ -76,7 +77,7 @@ class Copying(Operator):
     def factor(self, leaf: LeafChange, kind: Kind, copies: dict[str, Copies]) -> np.ndarray:
         """Returns what copied entries are multiplied by, to be broadcast over the leaf."""
         out = np.ones([1] * len(leaf.new))
-        for dim in leaf.grown():
+        for dim in leaf.grown() if kind != 'step' else ():
             share = copies[str(leaf.spaces[dim])].share
             if leaf.meta.inputs[dim] == (kind == 'value'):
                 out = out * along(share**2 if kind == 'second' else share, dim, leaf)

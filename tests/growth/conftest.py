@@ -16,6 +16,7 @@ from effjax.core.config import as_dict, defaults
 from effjax.core.info import SeqInfo
 from effjax.core.policy import Policy
 from effjax.core.registry import arguments, lookup
+from effjax.growth import OPERATORS, plan
 from effjax.models import MODELS
 from effjax.models.setup import Execution, Setup
 
@@ -87,12 +88,12 @@ def noise(abstract, dtype=jnp.float64, seed=0):
 
 
 class Model:
-    """A config's model in float64: its shapes, and its logits as a jitted function of parameters."""
+    """A config's model in float64: its shapes, its loss, and its logits, jitted."""
 
     def __init__(self, config):
         self.config = config
         component = lookup(MODELS, config['model']['kind'], 'model')
-        setup = Setup(Policy('float64', 'float64'), Execution('unroll'), SEQ)
+        setup = Setup(Policy('float64', 'float64'), Execution('scan'), SEQ)
 
         def make():
             return component(setup, **arguments(config['model']), rngs=nnx.Rngs(0))
@@ -129,6 +130,21 @@ def model_of(config):
     return _model(repr(config))
 
 
+@functools.cache
+def _built(text):
+    return models.build(eval(text))
+
+
+def make(operator, **kw):
+    """An operator of its arguments."""
+    return lookup(OPERATORS, operator, 'operator')(**kw)
+
+
+def plan_of(small, large, operator):
+    """What `growth.plan` says, on models that are built once a config."""
+    return plan(small, large, operator, built=(_built(repr(small)), _built(repr(large))))
+
+
 def state_of(params, optimizer_state=None, ema=None):
     """A train state around parameters."""
     return {
@@ -148,7 +164,8 @@ def lab():
     """The functions above, for test files."""
     return types.SimpleNamespace(
         forms=FORMS, decoder=DECODER, config_of=config_of, doubled=doubled, noise=noise,
-        model_of=model_of, state_of=state_of,
+        model_of=model_of, state_of=state_of, plan_of=plan_of, make=make,
+        built_of=lambda config: _built(repr(config)),
     )  # fmt: skip
 
 
