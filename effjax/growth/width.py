@@ -63,7 +63,9 @@ class Copying(Operator):
         """Returns a leaf with more units, in its own dtype."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = self.copied(leaf, wide, copies)
-        y = y * jnp.asarray(self.factor(leaf, kind, copies), y.dtype)
+        factor = self.factor(leaf, kind, copies)
+        if np.any(factor != 1):
+            y = y * jnp.asarray(factor, y.dtype)
         if kind == 'value' and self.noise:
             y = y + silent_noise(leaf, wide, copies, self.noise, seed)
         return y.astype(x.dtype)

@@ -28,6 +28,7 @@ DECODER = {
 }  # fmt: skip
 # Forms of a model: between them every kind of leaf that may be widened.
 FORMS = {
+    'plain': DECODER,
     # grouped queries, norms of heads, biases, a gated part, a tied head, RMSNorm, rotation
     'llama': {
         **DECODER, 'bias': True,
