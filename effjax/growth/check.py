@@ -5,6 +5,7 @@ from typing import Any
 
 from effjax.core.errors import ConfigError
 from effjax.core.registry import lookup, parameters
+from effjax.core.trees import flatten
 from effjax.growth.change import Change, LeafChange, Part
 from effjax.layers.ffn import FFNS
 from effjax.layers.mixers import MIXERS
@@ -65,6 +66,21 @@ def _defaults(block: Mapping[str, Any], name: str) -> dict[str, Any]:
         return {}
     component = lookup(_REGISTRIES[name], block['kind'], name)
     return {key: p.default for key, p in parameters(component).items()}
+
+
+def same_dtypes(small: Any, large: Any) -> None:
+    """Checks that two built models keep each parameter in one dtype.
+
+    Raises:
+      ConfigError: naming the first parameter that differs.
+    """
+    old, new = (flatten(built.abstract_state['params']) for built in (small, large))
+    for name in sorted({*old} & {*new}):
+        if old[name].dtype != new[name].dtype:
+            raise ConfigError(
+                f'config.precision makes {name} {old[name].dtype} in the small model and '
+                f'{new[name].dtype} in the large one: growth keeps dtypes; make them equal.'
+            )
 
 
 def sizes(change: Change, *, changes_eps: bool = False) -> None:

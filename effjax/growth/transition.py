@@ -96,7 +96,9 @@ def plan(
     """
     small, large = as_dict(config_from), as_dict(config_to)
     check.same_architecture(small, large)
-    change = between(*(built or (models.build(small), models.build(large))))
+    built = built or (models.build(small), models.build(large))
+    check.same_dtypes(*built)
+    change = between(*built)
     check.sizes(change, changes_eps=operator.changes_eps)
     operator.bind(change, 0)
     return change
@@ -148,6 +150,12 @@ def _optimizer_state(
     if moments == 'reset':
         return optimizer.init(params)
     expected = jax.eval_shape(optimizer.init, params)
+    forms: list[Any] = [jax.tree.structure(tree) for tree in (state, expected)]
+    if forms[0] != forms[1]:
+        raise ConfigError(
+            "the large run's optimizer keeps another state than the small one's; give it the same "
+            "optimizer, or make a fresh state with moments='reset'."
+        )
     grown = grow_moments(state, change, rule, expected)
     if counts == 'keep':
         return grown

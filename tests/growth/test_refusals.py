@@ -3,6 +3,7 @@
 import re
 
 import jax.numpy as jnp
+import optax
 import pytest
 
 from effjax.core.errors import ConfigError
@@ -218,3 +219,9 @@ def test_states_that_do_not_fit(lab):
     params = lab.noise(lab.built_of(small).abstract_state['params'], jnp.float32)
     with pytest.raises(ConfigError, match="give grow the large run's optimizer"):
         grow(lab.state_of(params, {'mu': params}), small, large, 'stack')
+    optimizer = optax.adam(1.0)
+    with pytest.raises(ConfigError, match="the large run's optimizer keeps another state"):
+        grow(lab.state_of(params, {'mu': params}), small, large, 'stack', optimizer=optimizer)
+    other = {**large, 'precision': {'kind': 'bf16_params'}}
+    with pytest.raises(ConfigError, match='config.precision makes .* float32 in the small model'):
+        grow(lab.state_of(params), small, other, 'stack')
