@@ -27,6 +27,23 @@ def map_named(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     )
 
 
+def parameter_of(name: str, params: Mapping[str, Any]) -> str | None:
+    """Returns the path of the parameter that a piece of state belongs to, or None.
+
+    A moment's path ends in its parameter's path (`0/mu/body/slot_0/mixer/query`).
+
+    Args:
+      name: path of the piece of state, as `core.trees.flatten` gives it.
+      params: `path -> anything` of the parameters.
+    """
+    keys = name.split('/')
+    for start in range(len(keys)):
+        tail = '/'.join(keys[start:])
+        if tail in params:
+            return tail
+    return None
+
+
 def count(tree: Any) -> int:
     """Number of elements in all leaves (arrays or shape structs)."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

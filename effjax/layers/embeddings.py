@@ -14,13 +14,15 @@ class TokenEmbedding(nnx.Module):
     Args:
       ctx: the model's context.
       size: entries of the vocabulary V.
+      units: what a row's dimension counts: the model's units, or None where products stand between
+        the table and the model (`embed_width`).
     """
 
-    def __init__(self, ctx: Context, size: int, *, rngs: nnx.Rngs):
+    def __init__(self, ctx: Context, size: int, *, units: str | None = 'embed', rngs: nnx.Rngs):
         shape, dtype = (size, ctx.width), ctx.policy.param_dtype
         self.policy = ctx.policy
         table = 0.02 * jax.random.normal(rngs.params(), shape, dtype)
-        self.table = param(table, ('vocab', 'embed'))
+        self.table = param(table, ('vocab', 'embed'), role='table', units=('vocab', units))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns vectors [..., D] of tokens [...] in the compute dtype.

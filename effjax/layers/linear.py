@@ -66,6 +66,7 @@ class Projection(nnx.Module):
       axes: the kernel's axis names.
       bias: whether there is a bias, starting at 0 and free of weight decay.
       init: the kernel's initialiser.
+      units: what each dimension of the kernel counts, where `axes` does not say it.
     """
 
     def __init__(
@@ -77,16 +78,23 @@ class Projection(nnx.Module):
         *,
         bias: bool,
         init: Initializer,
+        units: tuple[str | None, ...] | None = None,
         rngs: nnx.Rngs,
     ):
         dtype = ctx.policy.param_dtype
         self.equation = equation
         self.policy = ctx.policy
-        self.kernel = param(init(rngs.params(), shape, dtype), axes)
         inputs, output = equation.split('->')
         kept = [i for i, letter in enumerate(inputs.split(',')[1]) if letter in output]
+        units = axes if units is None else units
+        summed = [i for i in range(len(axes)) if i not in kept]
+        value = init(rngs.params(), shape, dtype)
+        self.kernel = param(value, axes, role='product', inputs=summed, units=units)
         zero = jnp.zeros([shape[i] for i in kept], dtype)
-        self.bias = param(zero, tuple(axes[i] for i in kept), no_decay=True) if bias else None
+        named = [tuple(names[i] for i in kept) for names in (axes, units)]
+        self.bias = (
+            param(zero, named[0], no_decay=True, role='bias', units=named[1]) if bias else None
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the projection of x, which is in the compute dtype."""

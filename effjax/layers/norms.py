@@ -42,7 +42,8 @@ class RMSNorm(nnx.Module):
         del rngs
         shape = (ctx.width if size is None else size,)
         self.eps = float(eps)
-        self.scale = param(jnp.ones(shape, ctx.policy.param_dtype), (axis,), no_decay=True)
+        scale = jnp.ones(shape, ctx.policy.param_dtype)
+        self.scale = param(scale, (axis,), no_decay=True, role='scale')
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x [..., D] normalised, in its own dtype."""
@@ -74,9 +75,10 @@ class LayerNorm(nnx.Module):
         shape = (ctx.width if size is None else size,)
         dtype = ctx.policy.param_dtype
         self.eps = float(eps)
-        self.scale = param(jnp.ones(shape, dtype), (axis,), no_decay=True)
+        self.scale = param(jnp.ones(shape, dtype), (axis,), no_decay=True, role='scale')
         with_bias = ctx.bias if bias is None else bias
-        self.bias = param(jnp.zeros(shape, dtype), (axis,), no_decay=True) if with_bias else None
+        zero = jnp.zeros(shape, dtype)
+        self.bias = param(zero, (axis,), no_decay=True, role='shift') if with_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x [..., D] normalised, in its own dtype."""

@@ -79,7 +79,7 @@ class Learned(nnx.Module):
         shape, dtype = (ctx.max_len, ctx.width), ctx.policy.param_dtype
         self.policy = ctx.policy
         table = 0.01 * jax.random.normal(rngs.params(), shape, dtype)
-        self.table = param(table, ('position', 'embed'), no_decay=True)
+        self.table = param(table, ('position', 'embed'), no_decay=True, role='table')
 
     def __call__(self, positions: jax.Array) -> jax.Array:
         """Returns vectors [..., D] of positions [...] in the compute dtype."""

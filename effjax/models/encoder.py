@@ -106,8 +106,10 @@ class Encoder(TextModel):
         narrow = (self.embed_width,)
         draw = initializer(ctx, self.embed_width)
         token = draw(branch(rngs, 'mask_token').params(), narrow, dtype)
-        self.mask_token = param(token, ('embed',))
-        self.head_bias = param(jnp.zeros(vocab_size, dtype), ('vocab',), no_decay=True)
+        units = (None,) if embed_width else ('embed',)
+        self.mask_token = param(token, ('embed',), role='table', units=units)
+        zero = jnp.zeros(vocab_size, dtype)
+        self.head_bias = param(zero, ('vocab',), no_decay=True, role='bias')
         self.embed_norm = _norm(ctx, rngs) if embed_norm else None
         self.transform = _transform(ctx, branch(rngs, 'transform')) if transform else None
         self.transform_norm = _norm(ctx, rngs) if transform else None
@@ -118,6 +120,12 @@ class Encoder(TextModel):
         """Returns (hidden [B, T, D], aux), of the row's own tokens; see `models.text.TextModel`."""
         hidden, aux = super().__call__(tokens_BT, info)
         return hidden, aux if self.globals is None else {**aux, **self.globals.metrics(info)}
+
+    @property
+    def norm_before_table(self) -> str | None:
+        if self.transform_norm is None:
+            return super().norm_before_table
+        return 'transform_norm' if self.tied and self.embed_out is None else None
 
     def features(self, hidden: jax.Array) -> jax.Array:
         """Returns what the head's product reads, [..., E], of the body's output [..., D]."""
@@ -211,4 +219,7 @@ def _norm(ctx: Context, rngs: nnx.Rngs) -> Any:
 def _transform(ctx: Context, rngs: nnx.Rngs) -> Projection:
     shape, axes = (ctx.width, ctx.width), ('embed', None)
     init = initializer(ctx, ctx.width)
-    return Projection(ctx, '...d,de->...e', shape, axes, bias=ctx.bias, init=init, rngs=rngs)
+    return Projection(
+        ctx, '...d,de->...e', shape, axes,
+        bias=ctx.bias, init=init, units=('embed', 'embed'), rngs=rngs,
+    )  # fmt: skip

@@ -133,7 +133,10 @@ class TextModel(nnx.Module):
         self.policy = setup.policy
         self.embed_width = embed_width or width
         narrow = dataclasses.replace(ctx, width=self.embed_width)
-        self.embedding = TokenEmbedding(narrow, vocab_size, rngs=branch(rngs, 'embedding'))
+        units = None if embed_width else 'embed'
+        self.embedding = TokenEmbedding(
+            narrow, vocab_size, units=units, rngs=branch(rngs, 'embedding')
+        )
         self.embed_in = _product(ctx, embed_width, width, (None, 'embed'), branch(rngs, 'embed_in'))
         self.positions = additive(ctx, rngs=branch(rngs, 'positions'))
         self.memory = (
@@ -149,7 +152,7 @@ class TextModel(nnx.Module):
         self.embed_out = _product(
             ctx, width, embed_width, ('embed', None), branch(rngs, 'embed_out')
         )
-        self.head = None if tied else _make_head(narrow, vocab_size, branch(rngs, 'head'))
+        self.head = None if tied else _make_head(narrow, vocab_size, units, branch(rngs, 'head'))
         self.body = bodies.Body(ctx, setup.execution, plan, rngs=branch(rngs, 'body'))
         self.norm = (
             blocks.make_part(NORMS, norm, 'config.model.norm', ctx, rngs=rngs)
@@ -161,6 +164,11 @@ class TextModel(nnx.Module):
     def compute_dtype(self) -> jnp.dtype:
         """Dtype of activations and of the head's product."""
         return self.policy.compute_dtype
+
+    @property
+    def norm_before_table(self) -> str | None:
+        """Name of the norm whose output a tied table reads; None where nothing is tied to it."""
+        return 'norm' if self.tied and self.embed_out is None and self.norm is not None else None
 
     def __call__(
         self, tokens_BT: jax.Array, info: SeqInfo
@@ -281,10 +289,11 @@ class TextModel(nnx.Module):
             )
 
 
-def _make_head(ctx: Context, vocab_size: int, rngs: nnx.Rngs) -> nnx.Param:
+def _make_head(ctx: Context, vocab_size: int, units: str | None, rngs: nnx.Rngs) -> nnx.Param:
     init = initializer(ctx, ctx.width)
     shape = (ctx.width, vocab_size)
-    return param(init(rngs.params(), shape, ctx.policy.param_dtype), ('embed', 'vocab'))
+    value = init(rngs.params(), shape, ctx.policy.param_dtype)
+    return param(value, ('embed', 'vocab'), role='product', inputs=(0,), units=(units, 'vocab'))
 
 
 def _product(

@@ -101,18 +101,19 @@ class ViT(nnx.Module):
         self.norm = blocks.make_part(NORMS, norm, 'config.model.norm', ctx, rngs=rngs)
         # A zero head gives equal probabilities at first, as in the paper's fine-tuning.
         dtype = setup.policy.param_dtype
-        self.head_kernel = param(jnp.zeros((width, classes), dtype), ('embed', 'classes'))
-        self.head_bias = param(jnp.zeros(classes, dtype), ('classes',), no_decay=True)
+        self.head_kernel = param(
+            jnp.zeros((width, classes), dtype), ('embed', 'classes'), role='product', inputs=(0,)
+        )
+        self.head_bias = param(jnp.zeros(classes, dtype), ('classes',), no_decay=True, role='bias')
 
     def _make_embedding(self, ctx: Context, rngs: nnx.Rngs) -> None:
         dtype, inner = ctx.policy.param_dtype, self.patch**2 * self.channels
         kernel = inner**-0.5 * jax.random.normal(rngs.params(), (inner, ctx.width), dtype)
-        self.patch_kernel = param(kernel, ('patch', 'embed'))
-        self.patch_bias = param(jnp.zeros(ctx.width, dtype), ('embed',), no_decay=True)
+        self.patch_kernel = param(kernel, ('patch', 'embed'), role='product', inputs=(0,))
+        zero = jnp.zeros(ctx.width, dtype)
+        self.patch_bias = param(zero, ('embed',), no_decay=True, role='bias')
         self.positions = Learned(ctx, rngs=branch(rngs, 'positions'))
-        self.cls_token = (
-            param(jnp.zeros(ctx.width, dtype), ('embed',), no_decay=True) if self.cls else None
-        )
+        self.cls_token = param(zero, ('embed',), no_decay=True, role='table') if self.cls else None
 
     def __call__(
         self, images_BHWC: jax.Array, info: SeqInfo

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from effjax.core.axes import GrowthSpec
 from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops
 from effjax.core.errors import ConfigError
@@ -38,6 +39,7 @@ class Dense(nnx.Module):
 
     activation: Activation = staticmethod(jax.nn.relu)
     gated: bool = False
+    growth_spec = GrowthSpec(frozenset({'embed', 'mlp'}), ('down',))
 
     def __init__(
         self, ctx: Context, *, hidden: int | None = None, bias: bool | None = None, rngs: nnx.Rngs

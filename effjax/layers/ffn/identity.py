@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from effjax.core.axes import GrowthSpec
 from effjax.core.context import Context
 from effjax.core.cost import Cost
 from effjax.core.info import SeqInfo
@@ -16,6 +17,8 @@ class Identity(nnx.Module):
     The models of Zoology (Arora et al., arXiv 2312.04927) are made of such blocks. A block
     without a feed-forward part at all, norm included, has `ffn=None`.
     """
+
+    growth_spec = GrowthSpec(frozenset({'embed'}))
 
     def __init__(self, ctx: Context, *, rngs: nnx.Rngs):
         del ctx, rngs

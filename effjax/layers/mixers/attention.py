@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from effjax.core.axes import GrowthSpec
 from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops
 from effjax.core.errors import ConfigError
@@ -56,6 +57,7 @@ class Attention(nnx.Module):
     causal: bool = True
     supports = frozenset({'packing', 'stepping', 'bidirectional', 'context'})
     name: str = 'attention'
+    growth_spec = GrowthSpec(frozenset({'embed', 'heads', 'kv_heads'}), ('out',))
 
     def __init__(
         self,

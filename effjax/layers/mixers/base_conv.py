@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from effjax.core.axes import GrowthSpec
 from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops
 from effjax.core.errors import ConfigError
@@ -39,6 +40,7 @@ class BaseConv(Hyena):
     """
 
     name = 'base_conv'
+    growth_spec = GrowthSpec()  # it passes its input on whatever its products are
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effjax.core.axes import param
+from effjax.core.axes import GrowthSpec, param
 from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops
 from effjax.core.errors import ConfigError
@@ -57,6 +57,7 @@ class ETC(Attention):
 
     causal = False
     supports = frozenset({'packing', 'bidirectional', 'globals'})
+    growth_spec = GrowthSpec(outputs=('out', 'global_out'))
     directed = True
     name = 'etc'
 

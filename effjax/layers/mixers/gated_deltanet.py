@@ -1,6 +1,7 @@
 """Gated DeltaNet: the delta rule with a decay that a token chooses for each head."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ class GatedDeltaNet(DeltaNet):
         low, high = math.log(1e-3), math.log(0.1)
         step = jnp.exp(jax.random.uniform(rngs.params(), (heads,), jnp.float32, low, high))
         step = jnp.maximum(step, 1e-4)
-        fixed = {'no_decay': True, 'keep_fp32': True}
+        fixed: Any = {'no_decay': True, 'keep_fp32': True}
         self.log_strength = param(jnp.log(strength).astype(dtype), ('heads',), **fixed)
         # softplus of this is the step.
         inverse = step + jnp.log(-jnp.expm1(-step))

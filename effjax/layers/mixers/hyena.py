@@ -248,7 +248,8 @@ class ImplicitFilter(nnx.Module):
         self.shape, self.fast, self.slow = (filters, ctx.width), float(fast), float(slow)
         self.params = (features + 1) * width + layers * width * (width + 1)
         self.params += width * channels + width
-        dtype, fixed = ctx.policy.param_dtype, {'no_decay': True, 'keep_fp32': True}
+        dtype = ctx.policy.param_dtype
+        fixed: Any = {'no_decay': True, 'keep_fp32': True}
 
         def made(name: str, shape: tuple[int, ...], fan_in: int, axes: tuple[Any, ...]):
             most, key = fan_in**-0.5, branch(rngs, name).params()

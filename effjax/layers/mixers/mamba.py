@@ -75,7 +75,8 @@ class Mamba(Recurrent):
             ctx, (self.inner,), ('mlp',), taps=conv, bias=True, activation=jax.nn.silu,
             rngs=branch(rngs, 'conv'),
         )  # fmt: skip
-        dtype, fixed = ctx.policy.param_dtype, {'no_decay': True, 'keep_fp32': True}
+        dtype = ctx.policy.param_dtype
+        fixed: Any = {'no_decay': True, 'keep_fp32': True}
         self.step_bias = param(
             step_bias(branch(rngs, 'step_bias'), self.inner, dtype), ('mlp',), **fixed
         )

@@ -81,7 +81,8 @@ class Mamba2(Recurrent):
         self.head_dim, self.states, self.groups = head_dim, state, groups
         self.policy, self.eps, self.implementation = ctx.policy, float(eps), implementation
         self._make_projections(ctx, conv, rngs)
-        dtype, fixed = ctx.policy.param_dtype, {'no_decay': True, 'keep_fp32': True}
+        dtype = ctx.policy.param_dtype
+        fixed: Any = {'no_decay': True, 'keep_fp32': True}
         self.step_bias = param(
             step_bias(branch(rngs, 'step_bias'), self.heads, dtype), ('heads',), **fixed
         )

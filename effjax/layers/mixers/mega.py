@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from effjax.core.axes import param
+from effjax.core.axes import GrowthSpec, param
 from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops
 from effjax.core.errors import ConfigError
@@ -57,6 +57,7 @@ class Mega(Recurrent):
 
     name = 'mega'
     supports = frozenset({'packing', 'stepping', 'bidirectional'})
+    growth_spec = GrowthSpec()  # a gate of its own stands between its products and its result
     directed = True
 
     def __init__(

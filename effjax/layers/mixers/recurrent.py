@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from effjax.core.axes import GrowthSpec
 from effjax.core.context import Context
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
@@ -42,6 +43,7 @@ class Recurrent(nnx.Module):
 
     causal: bool = True
     supports = frozenset({'packing', 'stepping'})
+    growth_spec = GrowthSpec(outputs=('out',))
     name: str = 'a recurrent mixer'
 
     @abc.abstractmethod

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from effjax.core.axes import GrowthSpec
 from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops
 from effjax.core.errors import ConfigError
@@ -53,6 +54,7 @@ class Reformer(nnx.Module):
 
     causal: bool = True
     supports = frozenset({'packing', 'bidirectional'})
+    growth_spec = GrowthSpec(outputs=('out',))
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from effjax.core.axes import param
+from effjax.core.axes import GrowthSpec, param
 from effjax.core.context import Context
 from effjax.core.cost import Cost
 from effjax.core.errors import ConfigError
@@ -47,6 +47,7 @@ class S4D(Recurrent):
     """
 
     name = 's4d'
+    growth_spec = GrowthSpec(outputs=('out/value',))
 
     def __init__(
         self,

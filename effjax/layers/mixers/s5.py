@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from effjax.core.axes import param
+from effjax.core.axes import GrowthSpec, param
 from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops
 from effjax.core.errors import ConfigError
@@ -42,6 +42,7 @@ class S5(Recurrent):
     """
 
     name = 's5'
+    growth_spec = GrowthSpec(outputs=('out/value',))
     supports = frozenset({'packing', 'stepping', 'bidirectional'})
     directed = True
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effjax.core.axes import param
+from effjax.core.axes import GrowthSpec, param
 from effjax.core.context import Context
 from effjax.core.cost import Cost, matmul_flops
 from effjax.core.info import SeqInfo
@@ -35,6 +35,7 @@ class ShapedAttention(Attention):
     """
 
     supports = frozenset({'packing', 'stepping', 'bidirectional'})
+    growth_spec = GrowthSpec()  # it is the whole of its block's path: there is no skip connection
     name = 'shaped_attention'
 
     def __init__(

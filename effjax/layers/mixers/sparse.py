@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from effjax.core.axes import GrowthSpec
 from effjax.core.context import Context
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
@@ -33,6 +34,7 @@ class SparseAttention(Attention):
     """
 
     supports = frozenset({'packing', 'stepping', 'bidirectional'})
+    growth_spec = GrowthSpec(outputs=('out',))  # heads may have masks of their own
     name: str
 
     def __init__(

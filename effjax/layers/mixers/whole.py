@@ -4,6 +4,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from effjax.core.axes import GrowthSpec
 from effjax.core.context import Context
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
@@ -19,6 +20,7 @@ class WholeRow(Attention):
 
     causal = False
     supports = frozenset({'bidirectional'})
+    growth_spec = GrowthSpec(outputs=('out',))
     name: str
 
     def _check_context(self, ctx: Context) -> None:

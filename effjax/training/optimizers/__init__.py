@@ -20,6 +20,7 @@ Sophia is not here: its Hessian estimate needs the loss function or labels sampl
 at every tenth step, which a transformation of gradients does not have.
 """
 
+from effjax.core.trees import parameter_of
 from effjax.training.optimizers.base import Optimizer
 from effjax.training.optimizers.build import build, check
 from effjax.training.optimizers.elementwise import adamw, lion, sgd
@@ -27,7 +28,6 @@ from effjax.training.optimizers.layerwise import adafactor, lamb
 from effjax.training.optimizers.leaves import Leaf, leaf_tree
 from effjax.training.optimizers.muon import muon
 from effjax.training.optimizers.schedule_free import schedule_free_adamw
-from effjax.training.optimizers.sharding import parameter_of
 
 __all__ = [
     'Leaf',

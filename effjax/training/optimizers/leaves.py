@@ -8,16 +8,13 @@ from typing import Any
 
 import jax
 
-from effjax.core.axes import Meta
+from effjax.core.axes import JOINED, Meta, product_groups, stack_depth
 from effjax.core.errors import ConfigError
 from effjax.core.trees import path_name
 
-# Neighbouring dimensions that are one dimension of a product: `[embed, heads, head_dim]` is the
-# matrix `[embed, heads * head_dim]`.
-_JOINED = frozenset({'heads', 'kv_heads', 'head_dim'})
 # A matrix maps one hidden space to another. Embeddings, heads, routers, convolution taps and
 # anything over positions do not, and are left to AdamW by Muon.
-_HIDDEN = frozenset({'embed', 'mlp', 'state'}) | _JOINED
+_HIDDEN = frozenset({'embed', 'mlp', 'state'}) | JOINED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +80,8 @@ def leaf_tree(
 
 
 def _leaf(path: str, meta: Meta, lr: float, decay: float) -> Leaf:
-    stack = _stack_depth(meta.axes)
-    groups = _groups(meta.axes, stack)
+    stack = stack_depth(meta.axes)
+    groups = product_groups(meta.axes, stack)
     hidden = all(meta.axes[i] in _HIDDEN for group in groups for i in group)
     return Leaf(
         path=path,
@@ -95,26 +92,6 @@ def _leaf(path: str, meta: Meta, lr: float, decay: float) -> Leaf:
         decay=0.0 if meta.no_decay else decay,
         lr=lr,
     )
-
-
-def _stack_depth(axes: Sequence[str | None]) -> int:
-    depth = 0
-    if axes and axes[0] == 'layers':
-        depth = 1
-    # A last `expert` is what a router's kernel or bias maps to, not a stack of experts.
-    if len(axes) > depth + 1 and axes[depth] == 'expert':
-        depth += 1
-    return depth
-
-
-def _groups(axes: Sequence[str | None], start: int) -> tuple[tuple[int, ...], ...]:
-    groups: list[tuple[int, ...]] = []
-    for i in range(start, len(axes)):
-        if i > start and axes[i] in _JOINED and axes[i - 1] in _JOINED:
-            groups[-1] = (*groups[-1], i)
-        else:
-            groups.append((i,))
-    return tuple(groups)
 
 
 def _pairs(scales: Sequence[Sequence[Any]], name: str) -> list[tuple[re.Pattern[str], float]]:

@@ -1,29 +1,11 @@
-"""Finds the parameter that a piece of optimizer state belongs to, and how to shard it."""
+"""How to shard each piece of an optimizer's state: as the parameter that it belongs to."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import NamedSharding, PartitionSpec
 
-from effjax.core.trees import flatten, map_named
+from effjax.core.trees import flatten, map_named, parameter_of
 from effjax.training.optimizers.leaves import Leaf
-
-
-def parameter_of(name: str, params: Mapping[str, Any]) -> str | None:
-    """Returns the path of the parameter that a piece of state belongs to, or None.
-
-    A moment's path ends in its parameter's path (`0/mu/body/slot_0/mixer/query`).
-
-    Args:
-      name: path of the piece of state, as `core.trees.flatten` gives it.
-      params: `path -> anything` of the parameters.
-    """
-    keys = name.split('/')
-    for start in range(len(keys)):
-        tail = '/'.join(keys[start:])
-        if tail in params:
-            return tail
-    return None
 
 
 def shardings_of(state: Any, params: Any, shardings: Any, leaves: Any) -> Any:
