@@ -43,6 +43,16 @@ FORMS = {
     },
     # norms behind the sums, a product and a norm before the tied head
     'bert': {**DECODER, 'kind': 'encoder', 'mixer': {**MIXER, 'head_dim': 4}},
+    # a narrow table with products around it, tied, without a transform
+    'albert': {
+        **DECODER, 'kind': 'encoder', 'mixer': {**MIXER, 'head_dim': 4}, 'embed_width': 5,
+        'transform': False,
+    },
+    # an untied head of an encoder, two streams, no position's table
+    'reversible': {
+        **DECODER, 'kind': 'encoder', 'mixer': {**MIXER, 'head_dim': 4}, 'tied': False,
+        'block': 'reversible', 'positions': {'kind': 'rope'},
+    },
     'vit': {
         'kind': 'vit', 'image_size': 4, 'channels': 1, 'classes': 3, 'patch': 2, 'width': 8,
         'layers': 2, 'mixer': {**MIXER, 'head_dim': 4}, 'ffn': {'kind': 'gelu', 'hidden': 12},

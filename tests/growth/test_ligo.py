@@ -89,6 +89,9 @@ def test_maps_get_gradients_and_learned_ones_are_used(lab):
         for kw in ({}, {'maps': maps})
     )
     jax.tree.map(np.testing.assert_array_equal, a, b)
+    with pytest.raises(ConfigError, match="'ligo' grows no moments: .* use moments='reset'."):
+        leaf = change.leaves['embedding/table']
+        initial.bind(change, 0)(leaf, params['embedding']['table'], 'first')
     del maps['width']['embed']
     with pytest.raises(
         ConfigError, match=r"'ligo' got maps of another change \(width/embed \(8, 8\) is missing\)"

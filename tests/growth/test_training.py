@@ -21,7 +21,11 @@ ci = pytest.mark.ci
 def train(lab):
     """`train(params) -> params` after 50 steps of Adam, of the doubled 'plain'."""
     with jax.enable_x64(True):
-        model = lab.model_of(lab.doubled(lab.forms['plain']))
+        return trained(lab.model_of(lab.doubled(lab.forms['plain'])))
+
+
+def trained(model):
+    """A model's parameters after 50 steps of Adam, as a jitted function."""
     tx = optax.adam(1e-2)
 
     def step(carry, _):
@@ -54,6 +58,22 @@ def test_copies_part_where_it_says_so(lab, train, operator, kw):
     difference = float(jnp.max(jnp.abs(table[:, :8] - table[:, 8:])))
     # Adam magnifies rounding by at most 1e-16 / eps a step, and eps is 1e-8.
     assert difference > 1e-3 if instance.breaks_symmetry else difference < 1e-6
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize('operator', ['stack', 'identity'])
+def test_copies_of_layers_part_by_themselves(lab, operator):
+    small, large = (lab.config_of(lab.forms['plain'], layers=n) for n in (2, 4))
+    instance = lab.make(operator)
+    assert instance.breaks_symmetry
+    params = lab.noise(lab.model_of(small).abstract)
+    change = lab.plan_of(small, large, instance)
+    grown = transform(lab.state_of(params), change, instance)['params']
+    sources = instance.sources(change.slots['body/segment_0/slot_0'])
+    a, b = np.flatnonzero(sources == 0)
+    after = trees.flatten(trained(lab.model_of(large))(grown))
+    kernel = after['body/segment_0/slot_0/ffn/up/kernel']
+    assert float(jnp.max(jnp.abs(kernel[a] - kernel[b]))) > 1e-3
 
 
 # ---- optimizers --------------------------------------------------------------------------------

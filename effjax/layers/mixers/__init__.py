@@ -15,7 +15,8 @@ Contract: `Mixer(ctx, *, <config arguments>, rngs)`, and
     another sequence), 'globals' (the first `ctx.globals` tokens of a row are global ones, and
     `info.groups` says whose). `directed` (optional) is True where a mixer over both directions
     tells them apart by itself, so that a document turned round does not give its result turned
-    round.
+    round. `growth_spec` says what growth may do: units that it may get more of, and the products
+    whose zeros make its result zero (`core.axes.GrowthSpec`).
 A state holds each row's last document and position, so that a cut on a document's boundary is
 exact; at a row's end it belongs to the last document, padding after it or not. A mixer that
 cannot do a thing raises a `ValueError` naming itself, the thing, and what to use instead.
