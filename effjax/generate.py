@@ -83,15 +83,17 @@ def load(run: str | pathlib.Path, step: int | None = None) -> Loaded:
     runtime = Runtime(config)
     checkpointer = Checkpointer(folder / 'checkpoints')
     try:
-        restored = checkpointer.restore(runtime.abstract_sharded(), step)
+        restored = checkpointer.restore(
+            lambda found: runtime.abstract_sharded(runtime.stage_of(found)), step
+        )
     finally:
         checkpointer.close()
-    arrays = {
-        'params': runtime.eval_params(restored.state), 'buffers': restored.state['buffers']
-    }  # fmt: skip
-    tokenizer = runtime.dataset.info.tokenizer
-    model = runtime.built.model
-    return Loaded(runtime.built.graphdef, arrays, tokenizer, model.max_len, restored.step)
+    stage = runtime.stage_of(restored.manifest)
+    params = runtime.eval_params(restored.state, stage)
+    arrays = {'params': params, 'buffers': restored.state['buffers']}
+    tokenizer, built = runtime.dataset.info.tokenizer, runtime.models[stage].built
+    model = built.model
+    return Loaded(built.graphdef, arrays, tokenizer, model.max_len, restored.step)
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:

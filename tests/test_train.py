@@ -136,11 +136,11 @@ def test_evaluations_that_a_signal_cut_short_are_made_up_for(
     whole = train.run(config, tmp_path / 'whole')
     compile_eval, begun = Runtime.compile_eval, []
 
-    def interrupted(self, one):
+    def interrupted(self, one, index):
         begun.append(one.name)
         if len(begun) == evaluation:
             os.kill(os.getpid(), signal.SIGTERM)
-        return compile_eval(self, one)
+        return compile_eval(self, one, index)
 
     monkeypatch.setattr(Runtime, 'compile_eval', interrupted)
     first = train.run(config, tmp_path / 'cut')

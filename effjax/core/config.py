@@ -121,10 +121,16 @@ def defaults() -> ConfigDict:
 # Keys whose content belongs to a registry or is free: only their being mappings is checked here.
 BLOCKS = ('data', 'task', 'model', 'optimizer', 'schedule', 'precision')
 _FREE = frozenset({*BLOCKS, 'evals', 'sharding', 'execution.compiler_options'})
+# What a stage says of itself; anything else it sets changes the run's config.
+STAGE_OWN = ('name', 'steps', 'share', 'budget', 'grow')
 STAGE_KEYS = (
-    'name', 'steps', 'share', 'batch_size', 'seq_len', 'accumulate', 'data', 'schedule',
-    'optimizer', 'clip_norm', 'lr_scales', 'decay_scales',
+    *STAGE_OWN, 'model', 'batch_size', 'seq_len', 'accumulate', 'data', 'schedule', 'optimizer',
+    'clip_norm', 'lr_scales', 'decay_scales',
 )  # fmt: skip
+_STAGE_TYPES: dict[str, tuple[type, ...]] = {
+    'share': (int, float), 'steps': (int,), 'name': (str,), 'budget': (str,),
+    'grow': (Mapping, str),
+}  # fmt: skip
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -236,7 +242,7 @@ def check_form(config: Mapping[str, Any]) -> None:
                     f'{where}.{key}: a stage cannot change {key!r}; it may set '
                     f'{", ".join(STAGE_KEYS)}.' + suggest(key, STAGE_KEYS)
                 )
-        for key, kinds in (('share', (int, float)), ('steps', (int,)), ('name', (str,))):
+        for key, kinds in _STAGE_TYPES.items():
             if key in stage and (not isinstance(stage[key], kinds) or stage[key] is True):
                 raise ConfigError(
                     f'{where}.{key} must be {kinds[-1].__name__}, got {stage[key]!r}.'
@@ -249,7 +255,7 @@ def check_form(config: Mapping[str, Any]) -> None:
 
 def _stage_changes(config: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a stage's changes as whole values: blocks merged over the config's."""
-    changes = {k: v for k, v in stage.items() if k not in ('name', 'steps', 'share')}
+    changes = {k: v for k, v in stage.items() if k not in STAGE_OWN}
     for key, value in changes.items():
         if isinstance(config[key], dict) and isinstance(value, Mapping):
             changes[key] = {**config[key], **value}

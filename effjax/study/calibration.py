@@ -81,7 +81,7 @@ class TrainStep:
     def open(self) -> None:
         """Makes the initial state and places a few real batches."""
         with self._context():
-            self._state = self._runtime.initial_state()
+            self._state = self._runtime.initial_state(self._stage.index)
             self._batches = itertools.cycle(self._take(_BATCHES))
 
     def step(self) -> None:

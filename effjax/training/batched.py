@@ -177,20 +177,20 @@ class LaneRuntime(Runtime):
         sampler = self.dataset.train(batch, length, config['seed'])
         return 'segment_ids' in sampler.batch(sampler.initial(), slice(0, 1))
 
-    def initial_state(self) -> dict[str, Any]:
+    def initial_state(self, index: int = 0) -> dict[str, Any]:
         """Makes each lane's first state as a run by itself does, bit by bit, and stacks them."""
-        states = [self._first_state(config) for config in self.configs]
+        states = [self._first_state(config, index) for config in self.configs]
         stack = jax.jit(
             lambda *lanes: jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes),
             out_shardings=self._whole,
         )
         return stack(*states)
 
-    def abstract_sharded(self) -> dict[str, Any]:
+    def abstract_sharded(self, index: int = -1) -> dict[str, Any]:
         """Returns the state's shapes with lanes and shardings."""
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._whole),
-            with_lanes(self.abstract, self.lanes),
+            with_lanes(self.models[index].abstract, self.lanes),
         )
 
     def sampler(self, stage: Stage) -> '_Samplers':
@@ -207,13 +207,17 @@ class LaneRuntime(Runtime):
         put = functools.partial(jax.device_put, device=self._whole)
         return data.Loader(sampler, start, put=put)
 
-    def raw_eval_step(self) -> Any:
+    def raw_eval_step(self, index: int = -1) -> Any:
         """Returns the evaluation step: every lane's arrays, one batch for all."""
-        return jax.vmap(super().raw_eval_step(), in_axes=(0, 0, None))
+        return jax.vmap(super().raw_eval_step(index), in_axes=(0, 0, None))
+
+    def eval_params(self, state: Mapping[str, Any], index: int = -1) -> Any:
+        """Returns the parameters to judge, of every lane."""
+        del index  # one stage
+        return self._judge(state)
 
     @functools.cached_property
-    def eval_params(self) -> Any:
-        """Jitted `state -> params` to judge, of every lane."""
+    def _judge(self) -> Any:
         return jax.jit(jax.vmap(self.raw_eval_params), out_shardings=self._whole)
 
 

@@ -34,6 +34,7 @@ def dry_run(config: Mapping[str, Any]) -> str:
     lines += [] if with_data else ['data: none, so nothing is checked against any']
     lines += _parameters(built)
     lines += _flops(runtime)
+    lines += _stages(runtime)
     lines += _memory(runtime)
     lines += ['', 'execution:', *_execution(built)]
     lines += _shardings(built, runtime.mesh)
@@ -81,6 +82,25 @@ def _flops(runtime: Runtime) -> list[str]:
                 f'  decoding state of {rows} x {length} tokens: {_mebibytes(sizes[0])} with '
                 f'activations in {dtype.name}, {_mebibytes(sizes[1])} in float32'
             )
+    return out
+
+
+def _stages(runtime: Runtime) -> list[str]:
+    """How long each stage lasts, its parameters, its steps' cost, and what leads to it."""
+    if len(runtime.stages) == 1:
+        return []
+    out = ['', 'stages:']
+    for stage in runtime.stages:
+        model = runtime.models[stage.index]
+        flops = 3 * total(runtime.costs(stage).values()).model_flops
+        share = (stage.end - stage.start) / stage.total
+        size = f'{stage.config["batch_size"]} x {stage.config["seq_len"]}'
+        out.append(
+            f'  {stage.name:<24} {100 * share:5.1f} % of the run, {human(model.params)} '
+            f'parameters, {human(flops, "FLOP")} a step of {size}'
+        )
+        if stage.grow is not None:
+            out.append(f'    grown by {runtime.transitions[stage.index].words}')
     return out
 
 

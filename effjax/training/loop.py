@@ -33,6 +33,7 @@ from effjax.training.progress import human, make_progress
 from effjax.training.runtime import Runtime
 from effjax.training.signals import Agreement
 from effjax.training.stages import Stage
+from effjax.training.transitions import PURPOSE
 
 WASTED = 'wasted.json'
 
@@ -136,10 +137,8 @@ class Trainer:
     def _run_stage(self, stage: Stage) -> None:
         if stage.index < self.stage or self._used(stage.unit) >= stage.end:
             return  # resumed after its end
-        if stage.index != self.stage:
-            self.stage = stage.index
-            self.state['stage'] = jnp.full_like(self.state['stage'], stage.index)
-            self._say(f'stage {stage.name}')
+        for later in self.runtime.stages[self.stage + 1 : stage.index + 1]:
+            self._enter(later)
         if self.position is None:
             self.position = self.runtime.sampler(stage).initial()
         loader = self.runtime.loader(stage, self.position)
@@ -154,6 +153,24 @@ class Trainer:
                 self._steps(stage, compiled, itertools.chain([first], loader))
         finally:
             loader.close()
+
+    def _enter(self, stage: Stage) -> None:
+        """Takes the state from the stage before into this one, growing it if that is asked."""
+        if stage.grow is not None:
+            with self.clock('compile'):
+                grow, cost = self.runtime.transition(stage)
+            with self.clock('train'):  # what a transition computes is charged, its time too
+                self.state = jax.block_until_ready(grow(self.state))
+            self.ledger.add_forward(cost, purpose=PURPOSE, stage=stage.name)
+            self.evaluated = {}  # of another model
+        self.stage = stage.index
+        self.state['stage'] = jnp.full_like(self.state['stage'], stage.index)
+        grown = ''
+        if stage.grow is not None:
+            before, after = (self.runtime.models[i].params for i in (stage.index - 1, stage.index))
+            how = self.runtime.transitions[stage.index].words
+            grown = f': grown from {human(before)} to {human(after)} parameters by {how}'
+        self._say(f'stage {stage.name}{grown}')
 
     def _steps(self, stage: Stage, compiled: CompiledStep, batches: Iterator[Any]) -> None:
         schedule = self._schedule(stage)
@@ -305,12 +322,12 @@ class Trainer:
         runtime, self.left = self.runtime, None
         for i, evaluation in enumerate(due):
             with self.clock('compile'):
-                step = runtime.compile_eval(evaluation)
+                step = runtime.compile_eval(evaluation, self.stage)
             with self.clock('eval'):
                 result = evaluate.run(
                     evaluation,
                     step,
-                    runtime.eval_params(self.state),
+                    runtime.eval_params(self.state, self.stage),
                     self.state['buffers'],
                     runtime.putter(evaluation.batch_size),
                     runtime.task,
@@ -319,7 +336,7 @@ class Trainer:
             if result is None:  # asked to stop: the checkpoint comes first
                 self.left = {'names': [e.name for e in due[i:]], 'row': self.row}
                 return
-            self.ledger.add_forward(runtime.eval_cost(evaluation), purpose='eval')
+            self.ledger.add_forward(runtime.eval_cost(evaluation, self.stage), purpose='eval')
             self.results[evaluation.name] = result
             self.evaluated[evaluation.name] = self.ledger.steps
             if self.row is not None:
@@ -329,7 +346,7 @@ class Trainer:
 
     def judged(self) -> dict[str, Any]:
         """Returns the params (averaged, where config or optimizer say so) and the buffers."""
-        params = self.runtime.eval_params(self.state)
+        params = self.runtime.eval_params(self.state, self.stage)
         return {'params': params, 'buffers': self.state['buffers']}
 
     # ---- checkpoints -----------------------------------------------------------------------
@@ -341,10 +358,14 @@ class Trainer:
             refuse_other(self.workdir / 'config.json', self.config)
             self._book_waste()
             return None
-        params = self.runtime.abstract['params']
+        runtime = self.runtime
+
+        def check(found: Mapping[str, Any]) -> None:
+            params = runtime.models[runtime.stage_of(found)].abstract['params']
+            resume.check(found, self.config, params, folder)
+
         restored = self.checkpointer.restore(
-            self.runtime.abstract_sharded(),
-            check=lambda found: resume.check(found, self.config, params, folder),
+            lambda found: runtime.abstract_sharded(runtime.stage_of(found)), check=check
         )
         for sentence in restored.skipped:
             self._warn(f'checkpoint not used: {sentence}')
@@ -354,7 +375,7 @@ class Trainer:
         self._take_up(restored.extra)
         if changes:
             self.evaluated = {}  # it may be judged in another way now
-        self.stage = min(int(restored.manifest['stage']), len(self.runtime.stages) - 1)
+        self.stage = runtime.stage_of(restored.manifest)
         self.resumed_from = self.last_saved = restored.step
         self._book_waste()
         return restored.state
@@ -410,7 +431,8 @@ class Trainer:
         self.saved_at = time.monotonic()
         self._write_row()
         self.writer.flush()
-        manifest = resume.manifest(self.config, self.runtime.abstract['params'], self.stage)
+        params = self.runtime.models[self.stage].abstract['params']
+        manifest = resume.manifest(self.config, params, self.stage)
         with self.clock('checkpoint'):
             try:
                 if self.last_saved != self.ledger.steps:
@@ -458,21 +480,22 @@ class Trainer:
 
     def _announce(self) -> None:
         """Says what is about to run, where its files go, and from which step it goes on."""
-        runtime, first = self.runtime, self.runtime.stages[0]
+        runtime, first = self.runtime, self.runtime.stages[self.stage]
+        model = runtime.models[self.stage]
         flops = sum(cost.train_flops for cost in runtime.costs(first).values())
         how = '; '.join(
             f'{part["repeat"]} x [{", ".join(part["period"])}], layers: {part["layers"]}'
-            for part in runtime.built.model.body.describe()
+            for part in model.built.model.body.describe()
         )
         axes = ', '.join(f'{axis} {n}' for axis, n in runtime.mesh.shape.items() if n > 1)
         where = f'{runtime.mesh.size} x {jax.devices()[0].device_kind}' + (
             f' ({axes})' if axes else ''
         )
         self._say(
-            f'{self.config["name"] or "run"}: {human(runtime.params)} parameters, '
+            f'{self.config["name"] or "run"}: {human(model.params)} parameters, '
             f'{human(flops, "FLOP")} a step, on {where}; {how}; files in {self.workdir}'
         )
-        why = runtime.built.fallbacks
+        why = model.built.fallbacks
         if why:
             more = f' (and {len(why) - 4} more, in summary.json)' if len(why) > 4 else ''
             self._say(f'sharding fell back in {len(why)} places: {" ".join(why[:4])}{more}')

@@ -61,6 +61,7 @@ def check_config(found: Mapping[str, Any], config: Mapping[str, Any], where: Any
         if key == 'data':
             old, new = _content(old), _content(new)
         keys += changed(old, new, key)
+    keys += changed(_growth(found.get('stages')), _growth(config['stages']), 'stages')
     if keys:
         more = f' (and {len(keys) - 5} more)' if len(keys) > 5 else ''
         raise CheckpointError(
@@ -73,6 +74,14 @@ def settings_changed(found: Mapping[str, Any], config: Mapping[str, Any]) -> lis
     """Lists what a resumed run does otherwise from here on, without being another experiment."""
     keys = [k for k in config if k not in (*IDENTITY, 'log', 'checkpoint', 'finish', 'execution')]
     return [line for key in keys for line in changed(found.get(key), config[key], key)]
+
+
+def _growth(stages: Any) -> dict[str, Any]:
+    """Returns what stages say of the model: its sizes and how it gets them."""
+    return {
+        str(i): {key: stage[key] for key in ('model', 'grow') if key in stage}
+        for i, stage in enumerate(stages or ())
+    }
 
 
 def _content(block: Any) -> Any:

@@ -4,6 +4,7 @@ The loop asks for these; a dry run, generation and studies build the same thing.
 changes while training.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,11 +18,39 @@ from effjax.core.config import as_dict
 from effjax.core.errors import ConfigError
 from effjax.costs import StepCost
 from effjax.costs.reference import reference_seconds
-from effjax.training import ema, evaluate, optimizers, setup
+from effjax.training import ema, evaluate, optimizers, setup, transitions
 from effjax.training import state as state_lib
 from effjax.training import step as step_lib
 from effjax.training.compiled import CompiledStep, compile_train
 from effjax.training.stages import Stage, plan
+
+
+@dataclasses.dataclass(frozen=True)
+class StageModel:
+    """The model of one or several stages, without arrays.
+
+    Attributes:
+      built: what `models.build` returned.
+      abstract: shapes and dtypes of the train state.
+      shardings: a sharding for each of its leaves.
+    """
+
+    built: models.Built
+    abstract: dict[str, Any]
+    shardings: dict[str, Any]
+
+    @property
+    def params(self) -> int:
+        """Number of parameters."""
+        return trees.count(self.built.abstract_state['params'])
+
+    def abstract_sharded(self) -> dict[str, Any]:
+        """Returns the state's shapes with shardings: what a restore needs."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self.abstract,
+            self.shardings,
+        )
 
 
 class Runtime:
@@ -40,10 +69,8 @@ class Runtime:
       stages: the run's stages.
       task: the objective.
       precision: dtypes and loss scaling.
-      built: the model without arrays.
-      abstract: shapes and dtypes of the train state.
-      shardings: a sharding for each of its leaves.
-      params: number of parameters.
+      models: the model of each stage; stages whose models are equal share one.
+      transitions: stage's index -> the growth that leads to it.
       lanes: runs that one step trains at once (`training.batched`); 0 without such an axis.
 
     Raises:
@@ -63,6 +90,8 @@ class Runtime:
         setup.check_mesh(plain, self.mesh, self.rules)
         self._datasets: dict[str, Any] = {}
         self._eval_steps: dict[str, Any] = {}
+        self._eval_params: dict[int, Any] = {}
+        self._initialisers: dict[int, Any] = {}
         self._record = max(stage.config['seq_len'] for stage in plan(plain))
         self.config = self._open_data(plain) if with_data else plain
         self.stages = plan(self.config)
@@ -70,16 +99,57 @@ class Runtime:
         self._sequence = self.task.data == 'text'
         self._evaluations = [self._plan_evaluations(s) for s in self.stages] if with_data else []
         self.precision = precision.build(self.config['precision'])
-        # Built for the longest rows that any stage will ask for.
-        longest = {**self.config, 'seq_len': self._record}
-        self.built = models.build(longest, mesh=self.mesh)
+        self.models = self._make_models()
         setup.check_sampling(self.config, self.built.model)
-        self.params = trees.count(self.built.abstract_state['params'])
-        optimizer = self.optimizer(self.stages[0])
-        scale, average = self.precision.loss_scale, bool(self.config['ema'])
-        self.abstract = state_lib.abstract(self.built, optimizer, scale, average)
         self._check_optimizers()
-        self.shardings = state_lib.shardings(self.built, optimizer, self.abstract, self.mesh)
+        self.transitions = {
+            stage.index: transitions.plan(
+                stage,
+                self.stages[stage.index - 1],
+                (self.models[stage.index - 1].built, self.models[stage.index].built),
+            )
+            for stage in self.stages
+            if stage.grow is not None
+        }
+
+    def _make_models(self) -> list[StageModel]:
+        """Builds the stages' models, each for the longest rows that any stage will ask for."""
+        scale, average = self.precision.loss_scale, bool(self.config['ema'])
+        out: list[StageModel] = []
+        for stage in self.stages:
+            if out and stage.grow is None:
+                out.append(out[-1])
+                continue
+            longest = {**self.config, 'model': stage.config['model'], 'seq_len': self._record}
+            built = models.build(longest, mesh=self.mesh)
+            optimizer = self._optimizer(stage, built)
+            abstract = state_lib.abstract(built, optimizer, scale, average)
+            out.append(
+                StageModel(
+                    built, abstract, state_lib.shardings(built, optimizer, abstract, self.mesh)
+                )
+            )
+        return out
+
+    @property
+    def built(self) -> models.Built:
+        """The model that the run ends with, without arrays."""
+        return self.models[-1].built
+
+    @property
+    def abstract(self) -> dict[str, Any]:
+        """Shapes and dtypes of the train state that the run ends with."""
+        return self.models[-1].abstract
+
+    @property
+    def shardings(self) -> dict[str, Any]:
+        """A sharding for each of its leaves."""
+        return self.models[-1].shardings
+
+    @property
+    def params(self) -> int:
+        """Number of parameters of the model that the run ends with."""
+        return self.models[-1].params
 
     def _open_data(self, plain: dict[str, Any]) -> dict[str, Any]:
         """Opens the data of every stage; returns the config with what it knows filled in."""
@@ -91,10 +161,11 @@ class Runtime:
 
     def _check_optimizers(self) -> None:
         """Checks that every stage's optimizer keeps the state that the first one made."""
-        first = trees.flatten(self.abstract['optimizer'])
-        structure: Any = jax.tree.structure(self.abstract['optimizer'])
         for stage in self.stages[1:]:
-            state = self.optimizer(stage).abstract_state(self.abstract['params'])
+            expected = self.models[stage.index].abstract
+            first = trees.flatten(expected['optimizer'])
+            structure: Any = jax.tree.structure(expected['optimizer'])
+            state = self.optimizer(stage).abstract_state(expected['params'])
             wrong = trees.differences(first, trees.flatten(state))
             wrong += [] if jax.tree.structure(state) == structure else ['other parts']
             if wrong:
@@ -112,32 +183,47 @@ class Runtime:
 
     # ---- state -----------------------------------------------------------------------------
 
-    def initial_state(self) -> dict[str, Any]:
-        """Makes the first train state under one jit, every leaf born with its sharding."""
-        return self._first_state(self.config)
+    def initial_state(self, index: int = 0) -> dict[str, Any]:
+        """Makes a first train state under one jit, every leaf born with its sharding.
 
-    def _first_state(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        Args:
+          index: of the stage whose model it is of.
+        """
+        return self._first_state(self.config, index)
+
+    def _first_state(self, config: Mapping[str, Any], index: int = 0) -> dict[str, Any]:
         """Makes the first state of a config that differs from this run's in its seeds at most."""
         first = config['init_seed']
         key = jax.random.key(config['seed'] if first < 0 else first)
-        return parallel.init_sharded(self._initialiser, self.shardings, key)
+        return parallel.init_sharded(self._initialiser(index), self.models[index].shardings, key)
 
-    @functools.cached_property
-    def _initialiser(self) -> Callable[[jax.Array], dict[str, Any]]:
+    def _initialiser(self, index: int) -> Callable[[jax.Array], dict[str, Any]]:
         # One function for all seeds: jax compiles a function once, but not its equals.
-        return state_lib.initialiser(
-            self.built,
-            self.optimizer(self.stages[0]),
-            self.precision.loss_scale,
-            bool(self.config['ema']),
-        )
+        if index not in self._initialisers:
+            self._initialisers[index] = state_lib.initialiser(
+                self.models[index].built,
+                self.optimizer(self.stages[index]),
+                self.precision.loss_scale,
+                bool(self.config['ema']),
+            )
+        return self._initialisers[index]
 
-    def abstract_sharded(self) -> dict[str, Any]:
-        """Returns the state's shapes with shardings: what a restore needs."""
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            self.abstract,
-            self.shardings,
+    def stage_of(self, manifest: Mapping[str, Any]) -> int:
+        """Returns the index of the stage that a checkpoint's state belongs to."""
+        return min(int(manifest['stage']), len(self.stages) - 1)
+
+    def abstract_sharded(self, index: int = -1) -> dict[str, Any]:
+        """Returns the shapes of a stage's state with shardings: what a restore needs."""
+        return self.models[index].abstract_sharded()
+
+    def transition(self, stage: Stage) -> tuple[Any, StepCost]:
+        """Returns (compiled `state -> state` of a stage that grows its model, what it costs)."""
+        before, after = self.models[stage.index - 1], self.models[stage.index]
+        return transitions.compile_transition(
+            self.transitions[stage.index],
+            self.optimizer(stage),
+            before.abstract_sharded(),
+            after.shardings,
         )
 
     # ---- data ------------------------------------------------------------------------------
@@ -191,10 +277,13 @@ class Runtime:
 
     def optimizer(self, stage: Stage) -> Any:
         """Returns the optimizer with a stage's settings."""
+        return self._optimizer(stage, self.models[stage.index].built)
+
+    def _optimizer(self, stage: Stage, built: models.Built) -> Any:
         config = stage.config
         return optimizers.build(
             config['optimizer'],
-            meta=self.built.meta['params'],
+            meta=built.meta['params'],
             lr_scales=config['lr_scales'],
             decay_scales=config['decay_scales'],
         )
@@ -205,7 +294,7 @@ class Runtime:
         if self.config['ema']:
             average = functools.partial(ema.update, decay=self.config['ema'])
         return step_lib.make_train_step(
-            self.built.graphdef,
+            self.models[stage.index].built.graphdef,
             self.task,
             self.optimizer(stage),
             loss_scale=self.precision.loss_scale,
@@ -216,54 +305,75 @@ class Runtime:
 
     def costs(self, stage: Stage) -> dict[str, Any]:
         """Returns `part -> Cost` of one batch of a stage."""
-        return self.task.cost(self.built.model, stage.config['batch_size'], stage.config['seq_len'])
+        model = self.models[stage.index].built.model
+        return self.task.cost(model, stage.config['batch_size'], stage.config['seq_len'])
 
     def compile(self, stage: Stage, batch: Mapping[str, jax.Array]) -> CompiledStep:
         """Compiles a stage's step for a placed batch."""
-        config = stage.config
+        config, model = stage.config, self.models[stage.index]
         # Of all stages: a table that does not cover a later one is an error now, not then.
         charged = [reference_seconds(s.config) for s in self.stages]
         return compile_train(
             self.raw_step(stage),
-            state=self.abstract,
-            shardings=self.shardings,
+            state=model.abstract,
+            shardings=model.shardings,
             batch=batch,
             mesh=self.mesh,
             parts=self.costs(stage),
             units=self.task.units(config['batch_size'], config['seq_len']),
-            optimizer_flops=self.optimizer(stage).flops(self.abstract['params']),
+            optimizer_flops=self.optimizer(stage).flops(model.abstract['params']),
             options=config['execution']['compiler_options'],
             reference_seconds=charged[stage.index],
             lanes=self.lanes,
         )
 
-    def eval_cost(self, evaluation: evaluate.Evaluation) -> StepCost:
-        """Returns what one run of an evaluation costs: forward passes only."""
+    def eval_cost(self, evaluation: evaluate.Evaluation, index: int = -1) -> StepCost:
+        """Returns what one run of an evaluation costs: forward passes only.
+
+        Args:
+          evaluation: of a stage.
+          index: of the stage whose model is judged.
+        """
         size, length = evaluation.batch_size, evaluation.seq_len
         count = len(evaluation.source)
         examples, tokens = self.task.units(count * size, length)
-        one = self.task.cost(self.built.model, size, length)
+        one = self.task.cost(self.models[index].built.model, size, length)
         parts = {k: c.times(count) for k, c in one.items()}
         return StepCost.forward(parts, examples=examples, tokens=tokens, tokens_computed=tokens)
 
-    def compile_eval(self, evaluation: evaluate.Evaluation) -> Any:
-        """Compiles `(params, buffers, batch) -> {name: [sum, weight]}`, once for each shape."""
+    def compile_eval(self, evaluation: evaluate.Evaluation, index: int = -1) -> Any:
+        """Compiles `(params, buffers, batch) -> {name: [sum, weight]}`, once for each shape.
+
+        Args:
+          evaluation: of a stage.
+          index: of the stage whose model is judged.
+        """
         batch = next(iter(evaluation.source))
         placed = self.putter(evaluation.batch_size)(
             {key: array[evaluation.rows] for key, array in batch.items()}
         )
-        shapes = repr({key: (array.shape, array.dtype) for key, array in placed.items()})
+        model = self.models[index]
+        batches = {key: (array.shape, array.dtype) for key, array in placed.items()}
+        shapes = repr((batches, self.models.index(model)))
         if shapes not in self._eval_steps:
-            state = self.abstract_sharded()
-            step = jax.jit(self.raw_eval_step())
+            state = self.abstract_sharded(index)
+            step = jax.jit(self.raw_eval_step(index))
             lowered = step.lower(state['params'], state['buffers'], placed)
             self._eval_steps[shapes] = lowered.compile()
         return self._eval_steps[shapes]
 
-    @functools.cached_property
-    def eval_params(self) -> Any:
-        """Jitted `state -> params` to judge: the average, or what the optimizer says."""
-        return jax.jit(self.raw_eval_params, out_shardings=self.shardings['params'])
+    def eval_params(self, state: Mapping[str, Any], index: int = -1) -> Any:
+        """Returns the parameters to judge: the average, or what the optimizer says.
+
+        Args:
+          state: a train state.
+          index: of a stage with its model.
+        """
+        shardings = self.models[index].shardings['params']
+        key = self.models.index(self.models[index])
+        if key not in self._eval_params:
+            self._eval_params[key] = jax.jit(self.raw_eval_params, out_shardings=shardings)
+        return self._eval_params[key](state)
 
     def raw_eval_params(self, state: Mapping[str, Any]) -> Any:
         """Returns the parameters to judge, by a pure function to be jitted."""
@@ -272,6 +382,6 @@ class Runtime:
         choose = self.optimizer(self.stages[0]).eval_params
         return choose(state['optimizer'], state['params'])
 
-    def raw_eval_step(self) -> Any:
-        """Returns the evaluation step, a pure function to be jitted."""
-        return step_lib.make_eval_step(self.built.graphdef, self.task)
+    def raw_eval_step(self, index: int = -1) -> Any:
+        """Returns the evaluation step of a stage's model, a pure function to be jitted."""
+        return step_lib.make_eval_step(self.models[index].built.graphdef, self.task)

@@ -24,7 +24,7 @@ def check(config: Mapping[str, Any]) -> None:
     from effjax.models import MODELS
     from effjax.precision import PRECISIONS
     from effjax.tasks import TASKS
-    from effjax.training import OPTIMIZERS, SCHEDULES, schedules, stages
+    from effjax.training import OPTIMIZERS, SCHEDULES, schedules, stages, transitions
 
     config = as_dict(config)
     lookup(MODELS, config['model']['kind'], 'model', 'config.model.kind')
@@ -36,6 +36,8 @@ def check(config: Mapping[str, Any]) -> None:
         check_block(OPTIMIZERS, stage.config['optimizer'], 'optimizer', f'{where}.optimizer')
         check_block(SCHEDULES, stage.config['schedule'], 'schedule', f'{where}.schedule')
         schedules.build(stage.config['schedule'])
+        if stage.grow is not None:
+            transitions.operator(stage)
     _check_evals(config)
     _check_model(config, task)
     _check_finish(config, task)

@@ -1,19 +1,23 @@
 """Stages: a run is a list of them, a plain config being one.
 
-A stage is a dict in `config.stages` that says how long it lasts, by `share` of the run's extent or
-by `steps` (in runs counted in steps), and what it changes: batch size, sequence length, data,
-schedule, optimizer settings. With its own `schedule` a stage's progress runs from 0 to 1 inside
-the stage; without one the run's schedule goes on over the whole run.
+A stage is a dict in `config.stages` that says how long it lasts, by `share` of the run's extent
+(`budget='12.5%'` is the same) or by `steps` (in runs counted in steps), and what it changes: batch
+size, sequence length, data, schedule, optimizer settings, the model's sizes. With its own
+`schedule` a stage's progress runs from 0 to 1 inside the stage; without one the run's schedule goes
+on over the whole run. Where the model changes, `grow` names the operator that makes the larger
+model's state of the smaller one's (`effjax.growth`): `grow='stack'`, or a block with its arguments,
+and `moments`, `counts` and `seed` as `effjax.growth.grow` takes them.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from effjax.core.config import as_dict, extent
+from effjax.core.config import STAGE_OWN, as_dict, extent
 from effjax.core.errors import ConfigError
 
-_EXTENT_KEYS = ('name', 'steps', 'share')
+_PERCENT = re.compile(r'\s*(\d+(?:\.\d+)?|\.\d+)\s*%\s*')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Stage:
       end: where it ends.
       own_schedule: whether progress counts inside the stage.
       total: the whole run's extent.
+      grow: the block of the operator that grows the model of the stage before, or None.
     """
 
     index: int
@@ -40,6 +45,7 @@ class Stage:
     end: float
     own_schedule: bool
     total: float
+    grow: dict[str, Any] | None = None
 
     def progress(self, consumed: float) -> float:
         """Returns the schedule's progress in [0, 1] when `consumed` of the extent is used."""
@@ -54,16 +60,17 @@ def plan(config: Mapping[str, Any]) -> list[Stage]:
     """Returns the stages of a config whose form has been checked.
 
     Raises:
-      ConfigError: a stage without exactly one of `share` and `steps`, `steps` in a run that is
-        not counted in steps, extents that do not add up, or a change to a block's `kind` that
-        would change the saved state.
+      ConfigError: a stage without exactly one of `share`, `budget` and `steps`, `steps` in a run
+        that is not counted in steps, extents that do not add up, a change to a block's `kind` that
+        would change the saved state, or a model that changes without `grow`, or with it does not.
     """
     base = as_dict(config)
     unit, total = extent(base)
     if not base['stages']:
         return [Stage(0, 'main', base, unit, 0.0, total, False, total)]
     lengths = _lengths(base['stages'], unit, total)
-    out, start, done = [], 0.0, 0.0
+    out: list[Stage] = []
+    start = done = 0.0
     for i, (stage, length) in enumerate(zip(base['stages'], lengths, strict=True)):
         done += length
         end = total if i == len(lengths) - 1 else round(done) if unit == 'steps' else done
@@ -71,7 +78,10 @@ def plan(config: Mapping[str, Any]) -> list[Stage]:
             raise ConfigError(f'config.stages.{i} would not last a single step.')
         changed = _apply(base, stage, i)
         name = stage.get('name', f'stage_{i}')
-        out.append(Stage(i, name, changed, unit, start, end, 'schedule' in stage, total))
+        grow = _grow(stage, i)
+        _check_growth(grow, changed, out[-1].config if out else None, i)
+        own = 'schedule' in stage
+        out.append(Stage(i, name, changed, unit, start, end, own, total, grow))
         start = end
     return out
 
@@ -79,13 +89,13 @@ def plan(config: Mapping[str, Any]) -> list[Stage]:
 def _lengths(stages: list[dict[str, Any]], unit: str, total: float) -> list[float]:
     lengths = []
     for i, stage in enumerate(stages):
-        if ('share' in stage) == ('steps' in stage):
-            raise ConfigError(f'config.stages.{i} needs exactly one of share and steps.')
+        if sum(key in stage for key in ('share', 'budget', 'steps')) != 1:
+            raise ConfigError(f'config.stages.{i} needs exactly one of share, budget and steps.')
         if 'steps' in stage and unit != 'steps':
             raise ConfigError(
                 f'config.stages.{i}.steps: the run is counted in {unit}; give share instead.'
             )
-        length = stage['share'] * total if 'share' in stage else float(stage['steps'])
+        length = float(stage['steps']) if 'steps' in stage else _share(stage, i) * total
         if length <= 0:
             raise ConfigError(f'config.stages.{i} must last longer than nothing.')
         lengths.append(length)
@@ -97,12 +107,65 @@ def _lengths(stages: list[dict[str, Any]], unit: str, total: float) -> list[floa
     return lengths
 
 
+def _share(stage: Mapping[str, Any], index: int) -> float:
+    """Returns which part of the run a stage lasts."""
+    if 'share' in stage:
+        return stage['share']
+    found = _PERCENT.fullmatch(stage['budget'])
+    if found is None:
+        raise ConfigError(
+            f"config.stages.{index}.budget is a part of the run's, such as '12.5%', not "
+            f'{stage["budget"]!r}.'
+        )
+    return float(found[1]) / 100
+
+
+def _grow(stage: Mapping[str, Any], index: int) -> dict[str, Any] | None:
+    """Returns the block of a stage's operator."""
+    grow = stage.get('grow')
+    if isinstance(grow, str):
+        return {'kind': grow}
+    if grow is not None and not isinstance(grow.get('kind'), str):
+        raise ConfigError(
+            f"config.stages.{index}.grow names no operator; write grow='stack', or a block with a "
+            "'kind'."
+        )
+    return grow
+
+
+def _check_growth(
+    grow: Mapping[str, Any] | None,
+    config: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
+    index: int,
+) -> None:
+    where = f'config.stages.{index}'
+    if before is None:
+        if grow is not None:
+            raise ConfigError(f'{where}.grow: no stage comes before it whose model could grow.')
+        return
+    if grow is None and config['model'] != before['model']:
+        raise ConfigError(
+            f"{where} changes the model without saying how: name an operator, such as grow='stack'."
+        )
+    if grow is not None and config['model'] == before['model']:
+        raise ConfigError(
+            f'{where}.grow: the model is that of the stage before; change {where}.model, or leave '
+            'grow out.'
+        )
+
+
 def _apply(base: dict[str, Any], stage: Mapping[str, Any], index: int) -> dict[str, Any]:
     out = dict(base)
     for key, value in stage.items():
-        if key in _EXTENT_KEYS:
+        if key in STAGE_OWN:
             continue
         if isinstance(base[key], dict):
+            if key == 'model' and value.get('kind', base[key]['kind']) != base[key]['kind']:
+                raise ConfigError(
+                    f'config.stages.{index}.model.kind: a stage may change the sizes of a '
+                    f'{base[key]["kind"]!r}, not make it another model.'
+                )
             if key == 'optimizer' and value.get('kind', base[key]['kind']) != base[key]['kind']:
                 raise ConfigError(
                     f'config.stages.{index}.optimizer.kind: a stage may change settings of '

@@ -34,7 +34,7 @@ def test_shares_and_steps_cover_the_run(tiny):
     ('changes', 'message'),
     [
         ({'stages': ({'share': 0.5},)}, 'last 3 steps together, but the run lasts 6'),
-        ({'stages': ({'share': 0.5, 'steps': 3},)}, 'needs exactly one of share and steps'),
+        ({'stages': ({'share': 0.5, 'steps': 3},)}, 'needs exactly one of share, budget and steps'),
         ({'stages': ({'steps': 0},)}, 'must last longer than nothing'),
         (
             {'steps': 0, 'budget': '1m', 'stages': ({'steps': 3},)},
