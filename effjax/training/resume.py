@@ -78,10 +78,10 @@ def settings_changed(found: Mapping[str, Any], config: Mapping[str, Any]) -> lis
 
 def _growth(stages: Any) -> dict[str, Any]:
     """Returns what stages say of the model: its sizes and how it gets them."""
-    return {
-        str(i): {key: stage[key] for key in ('model', 'grow') if key in stage}
-        for i, stage in enumerate(stages or ())
-    }
+    said = (
+        {key: stage[key] for key in ('model', 'grow') if key in stage} for stage in stages or ()
+    )
+    return {str(i): facts for i, facts in enumerate(said) if facts}
 
 
 def _content(block: Any) -> Any:
