@@ -25,7 +25,7 @@ from effjax.training.compiled import CompiledStep, compile_train
 from effjax.training.stages import Stage, plan
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # one is another only if it is the same
 class StageModel:
     """The model of one or several stages, without arrays.
 

@@ -20,8 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from effjax.kernels.decays import Sum, running
 from effjax.kernels.delta_rule.problem import Problem, with_documents
-from effjax.kernels.delta_rule.tpu_plan import LANES, Plan, plan_for
+from effjax.kernels.delta_rule.tpu_plan import Plan, plan_for
 from effjax.kernels.devices import refuse_tpu
+from effjax.kernels.linear_recurrence.tpu import side_by_side
 
 
 def refuse(q: Any, k: Any, v: Any) -> str | None:
@@ -60,17 +61,10 @@ def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
     log_decay = with_documents(problem)
     sums = None if log_decay is None else running(_rows(plan, log_decay), axis=4)
     lanes = [(0, 0), (0, 0), (0, plan.key_dim - key_dim), (0, plan.value_dim - value_dim)]
-    q_, k_, v_ = (_side_by_side(plan, x) for x in (q, problem.k, v))
+    q_, k_, v_ = (side_by_side(plan.size, x) for x in (q, problem.k, v))
     o, last = _rule(plan, q_, k_, v_, _rows(plan, problem.beta), sums, jnp.pad(state, lanes))
     o = o.reshape(*o.shape[:2], plan.heads, plan.value_dim)[:, :length, :, :value_dim]
     return o, last[:, :, :key_dim, :value_dim]
-
-
-def _side_by_side(plan: Plan, x: jax.Array) -> jax.Array:
-    """[B, T, H, K] -> [B, N * C, H * K] in whole chunks and lanes."""
-    more = -x.shape[1] % plan.size, -x.shape[3] % LANES
-    x = jnp.pad(x, [(0, 0), (0, more[0]), (0, 0), (0, more[1])])
-    return x.reshape(*x.shape[:2], -1)
 
 
 def _rows(plan: Plan, x: jax.Array) -> jax.Array:

@@ -58,7 +58,7 @@ def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
     assert plan is not None
     length, (key_dim, value_dim) = p.q.shape[1], state.shape[2:]
     sums = running_sums(plan, with_documents(p), p.documents)
-    inputs = tuple(side_by_side(plan, x) for x in (p.q, p.k, p.v, p.read, p.write))
+    inputs = tuple(side_by_side(plan.size, x) for x in (p.q, p.k, p.v, p.read, p.write))
     more = [(0, 0), (0, 0), (0, plan.key_dim - key_dim), (0, plan.value_dim - value_dim)]
     o, last = _recurrence(plan, inputs, sums, jnp.pad(state, more))
     o = o.reshape(*o.shape[:2], plan.heads, plan.value_dim)[:, :length, :, :value_dim]

@@ -66,7 +66,7 @@ def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
     length, (key_dim, value_dim) = q.shape[1], state.shape[2:]
     sums = None if log_decay is None else running_sums(plan, log_decay, problem.documents)
     lanes = [(0, 0), (0, 0), (0, plan.key_dim - key_dim), (0, plan.value_dim - value_dim)]
-    q_, k_, v_ = (side_by_side(plan, x) for x in (q, k, v))
+    q_, k_, v_ = (side_by_side(plan.size, x) for x in (q, k, v))
     o, last = _recurrence(plan, q_, k_, v_, sums, jnp.pad(state, lanes))
     o = o.reshape(*o.shape[:2], plan.heads, plan.value_dim)[:, :length, :, :value_dim]
     if bonus is not None:
@@ -76,9 +76,9 @@ def run(problem: Problem, chunk: int) -> tuple[jax.Array, jax.Array]:
     return o, last[:, :, :key_dim, :value_dim]
 
 
-def side_by_side(plan: Plan, x: jax.Array) -> jax.Array:
-    """[B, T, H, K] -> [B, N * C, H * K] in whole chunks and lanes."""
-    more = -x.shape[1] % plan.size, -x.shape[3] % LANES
+def side_by_side(size: int, x: jax.Array) -> jax.Array:
+    """[B, T, H, K] -> [B, N * C, H * K] in whole chunks of so many tokens, and whole lanes."""
+    more = -x.shape[1] % size, -x.shape[3] % LANES
     x = jnp.pad(x, [(0, 0), (0, more[0]), (0, 0), (0, more[1])])
     return x.reshape(*x.shape[:2], -1)
 
