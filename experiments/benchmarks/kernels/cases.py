@@ -183,7 +183,7 @@ def rank_one(b: int, t: int, h: int, k: int, v: int) -> Case:
         f'{b},{t},{h},{k},{v}',
         make,
         run,
-        ('pallas_gpu', 'xla'),
+        (None, 'xla'),
         (
             tokens * (CHUNK * (8 * k + 7 * v) + 8 * state),
             tokens * (CHUNK * (24 * k + 15 * v) + 16 * state),
