@@ -75,7 +75,7 @@ def load(run: str | pathlib.Path, step: int | None = None) -> Loaded:
             'folder of a decoder.'
         )
     from effjax.training.checkpoints import Checkpointer
-    from effjax.training.runtime import Runtime
+    from effjax.training.runtime import DONE, Runtime
 
     # One device, whatever the run had; scanned layers compile in the least time.
     config['mesh'] = dict.fromkeys(config['mesh'], 1)
@@ -89,7 +89,8 @@ def load(run: str | pathlib.Path, step: int | None = None) -> Loaded:
     finally:
         checkpointer.close()
     stage = runtime.stage_of(restored.manifest)
-    params = runtime.eval_params(restored.state, stage)
+    progress = restored.extra.get('progress', DONE)
+    params = runtime.eval_params(restored.state, stage, progress)
     arrays = {'params': params, 'buffers': restored.state['buffers']}
     tokenizer, built = runtime.dataset.info.tokenizer, runtime.models[stage].built
     model = built.model

@@ -44,7 +44,7 @@ from effjax.training.compiled import CompiledStep, with_lanes
 from effjax.training.files import write_json_atomic
 from effjax.training.metrics import MetricsWriter
 from effjax.training.progress import make_progress
-from effjax.training.runtime import Runtime
+from effjax.training.runtime import DONE, Runtime
 from effjax.training.stages import Stage, plan
 
 VARYING = ('seed', 'init_seed', 'schedule', 'name')  # what the runs of a group may differ in
@@ -211,14 +211,19 @@ class LaneRuntime(Runtime):
         """Returns the evaluation step: every lane's arrays, one batch for all."""
         return jax.vmap(super().raw_eval_step(index), in_axes=(0, 0, None))
 
-    def eval_params(self, state: Mapping[str, Any], index: int = -1) -> Any:
+    def eval_params(
+        self, state: Mapping[str, Any], index: int = -1, progress: tuple[float, float] = DONE
+    ) -> Any:
         """Returns the parameters to judge, of every lane."""
         del index  # one stage
-        return self._judge(state)
+        return self._judge(state, np.array(progress, np.float32))
 
     @functools.cached_property
     def _judge(self) -> Any:
-        return jax.jit(jax.vmap(self.raw_eval_params), out_shardings=self._whole)
+        def judged(state: Mapping[str, Any], progress: jax.Array) -> Any:
+            return self.raw_eval_params(state, progress=progress)
+
+        return jax.jit(jax.vmap(judged, in_axes=(0, None)), out_shardings=self._whole)
 
 
 class _Samplers:

@@ -31,7 +31,8 @@ class CompiledStep:
     """An executable train step.
 
     Attributes:
-      call: `(state, batch, lr, seed) -> (state, float32 [metrics])`; the state is donated.
+      call: `(state, batch, lr, seed, progress) -> (state, float32 [metrics])`; the state is
+        donated.
       names: the metrics behind the vector, in order.
       cost: what one call costs.
       memory: bytes a device needs while it runs, as the compiler plans it, by kind.
@@ -44,8 +45,11 @@ class CompiledStep:
     memory: dict[str, int] | None
     options: dict[str, Any]
 
-    def __call__(self, state: Any, batch: Any, lr: Any, seed: Any) -> Any:
-        return self.call(state, batch, np.float32(lr), np.uint32(seed))
+    def __call__(
+        self, state: Any, batch: Any, lr: Any, seed: Any, progress: Any = (1.0, 1.0)
+    ) -> Any:
+        lr, seed, progress = np.float32(lr), np.uint32(seed), np.float32(progress)
+        return self.call(state, batch, lr, seed, np.broadcast_to(progress, (*lr.shape, 2)))
 
 
 def compile_train(
@@ -65,7 +69,7 @@ def compile_train(
     """Traces a step once, walks its jaxpr for hardware FLOPs, and compiles it.
 
     Args:
-      raw: `step(state, batch, lr, seed) -> (state, metrics)`.
+      raw: `step(state, batch, lr, seed, progress) -> (state, metrics)`.
       state: the state's shapes and dtypes.
       shardings: a sharding for each leaf of the state.
       batch: a placed batch; its shapes and shardings are the step's.
@@ -75,14 +79,14 @@ def compile_train(
       optimizer_flops: FLOPs of one update.
       options: compiler options over the platform's `COMPILER_OPTIONS`.
       reference_seconds: what a calibration table charges for one step, None without a table.
-      lanes: runs to train at once on a mesh of one device, 0 for one run. State, batch, lr, seed
-        and metrics then have a leading axis of that size, which `batch` brings and `state` does
-        not; the cost is that of one lane.
+      lanes: runs to train at once on a mesh of one device, 0 for one run. State, batch, lr, seed,
+        progress and metrics then have a leading axis of that size, which `batch` brings and `state`
+        does not; the cost is that of one lane.
     """
     names: list[str] = []
 
-    def step(state: Any, batch: Any, lr: jax.Array, seed: jax.Array):
-        state, metrics = raw(state, batch, lr, seed)
+    def step(state: Any, batch: Any, lr: jax.Array, seed: jax.Array, progress: jax.Array):
+        state, metrics = raw(state, batch, lr, seed, progress)
         names[:] = sorted(metrics)
         return state, jnp.stack([metrics[name] for name in names])
 
@@ -91,7 +95,7 @@ def compile_train(
         shardings = jax.tree.map(lambda _: replicated, shardings)
     jitted = jax.jit(
         jax.vmap(step) if lanes else step,
-        in_shardings=(shardings, {k: v.sharding for k, v in batch.items()}, *[replicated] * 2),
+        in_shardings=(shardings, {k: v.sharding for k, v in batch.items()}, *[replicated] * 3),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
@@ -99,8 +103,8 @@ def compile_train(
         k: jax.ShapeDtypeStruct(v.shape[1:] if lanes else v.shape, v.dtype)
         for k, v in batch.items()
     }
-    scalars = (jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.uint32))
-    one = (state, shapes, *scalars)
+    small = (((), jnp.float32), ((), jnp.uint32), ((2,), jnp.float32))
+    one = (state, shapes, *(jax.ShapeDtypeStruct(*form) for form in small))
     traced = jitted.trace(*(with_lanes(one, lanes) if lanes else one))
     # A lane is charged what a run by itself is, whatever a batched product would count.
     walked = jax.jit(step).trace(*one) if lanes else traced

@@ -30,7 +30,7 @@ from effjax.training.compiled import CompiledStep
 from effjax.training.files import plain, write_json_atomic
 from effjax.training.metrics import FILE, MetricsWriter, last_row
 from effjax.training.progress import human, make_progress
-from effjax.training.runtime import Runtime
+from effjax.training.runtime import DONE, Runtime
 from effjax.training.signals import Agreement
 from effjax.training.stages import Stage
 from effjax.training.transitions import PURPOSE
@@ -80,6 +80,10 @@ class Trainer:
         self.speed = _Speed()
         self.results: dict[str, dict[str, float]] = {}
         self.evaluated: dict[str, int] = {}  # evaluation -> step of its result
+        self.started: dict[
+            str, float
+        ] = {}  # stage's index -> what of the extent was used at its start
+        self.progress = (0.0, 0.0)  # shares of the run and of the stage that are done
         # Evaluations that a signal cut short, and the row of their step.
         self.left: dict[str, Any] | None = None
         self.memory: dict[str, Any] = {}
@@ -139,6 +143,7 @@ class Trainer:
             return  # resumed after its end
         for later in self.runtime.stages[self.stage + 1 : stage.index + 1]:
             self._enter(later)
+        stage = self._as_started(stage)
         if self.position is None:
             self.position = self.runtime.sampler(stage).initial()
         loader = self.runtime.loader(stage, self.position)
@@ -172,6 +177,12 @@ class Trainer:
             grown = f': grown from {human(before)} to {human(after)} parameters by {how}'
         self._say(f'stage {stage.name}{grown}')
 
+    def _as_started(self, stage: Stage) -> Stage:
+        """Returns a stage with the start that it really had, which the one before decides."""
+        start = self.started.setdefault(str(stage.index), self._used(stage.unit))
+        origin = self.started['0']
+        return dataclasses.replace(stage, start=start, origin=origin)
+
     def _steps(self, stage: Stage, compiled: CompiledStep, batches: Iterator[Any]) -> None:
         schedule = self._schedule(stage)
         evaluations = self.runtime.evaluations(stage)
@@ -181,6 +192,7 @@ class Trainer:
             if used + size / 2 >= stage.end:
                 break  # a run ends with the step that comes nearest to its budget
             lr = schedule(stage.progress(used + size / 2))
+            self.progress = stage.shares(used + size)
             with self.clock('data'):
                 item = next(batches)
             flying.append(self._dispatch(stage, item, compiled, lr))
@@ -190,7 +202,7 @@ class Trainer:
             due = [e for e in evaluations if e.due(self.ledger.steps, before, after)]
             save = self._save_due()
             # At the very end everything is evaluated, and saved after that.
-            ending = used + 1.5 * size >= stage.end and stage is self.runtime.stages[-1]
+            ending = used + 1.5 * size >= stage.end and stage.index == self.runtime.stages[-1].index
             if (due or save) and not ending:
                 self._drain(flying, compiled, stage)
                 self._evaluate(due)
@@ -208,7 +220,7 @@ class Trainer:
     ) -> _InFlight:
         batch, position, _ = item
         before, self.position = self.position, position
-        self.state, vector = compiled(self.state, batch, lr, self.seed)
+        self.state, vector = compiled(self.state, batch, lr, self.seed, self.progress)
         self.ledger.add_step(compiled.cost, stage=stage.name)
         row = {
             'step': self.ledger.steps,
@@ -327,7 +339,7 @@ class Trainer:
                 result = evaluate.run(
                     evaluation,
                     step,
-                    runtime.eval_params(self.state, self.stage),
+                    runtime.eval_params(self.state, self.stage, self.progress),
                     self.state['buffers'],
                     runtime.putter(evaluation.batch_size),
                     runtime.task,
@@ -346,7 +358,7 @@ class Trainer:
 
     def judged(self) -> dict[str, Any]:
         """Returns the params (averaged, where config or optimizer say so) and the buffers."""
-        params = self.runtime.eval_params(self.state, self.stage)
+        params = self.runtime.eval_params(self.state, self.stage, self.progress)
         return {'params': params, 'buffers': self.state['buffers']}
 
     # ---- checkpoints -----------------------------------------------------------------------
@@ -372,10 +384,10 @@ class Trainer:
         changes = resume.settings_changed(restored.manifest['config'], self.config)
         for change in changes:
             self._warn(f'resumed with another setting: {change}.')
+        self.stage = runtime.stage_of(restored.manifest)
         self._take_up(restored.extra)
         if changes:
             self.evaluated = {}  # it may be judged in another way now
-        self.stage = runtime.stage_of(restored.manifest)
         self.resumed_from = self.last_saved = restored.step
         self._book_waste()
         return restored.state
@@ -389,6 +401,8 @@ class Trainer:
             'position': self.position,
             'results': self.results,
             'evaluated': self.evaluated,
+            'started': self.started,
+            'progress': self.progress,
             'left': plain(self.left),
             'memory': meters.memory(jax.local_devices(), self.memory),
             'compiler_options': self.compiler_options,
@@ -402,11 +416,16 @@ class Trainer:
         self.position, self.results = extra['position'], extra['results']
         # Checkpoints of earlier versions lack what follows.
         self.evaluated = extra.get('evaluated', {})
+        self.started = dict(extra.get('started') or self._planned_starts())
+        self.progress = tuple(extra.get('progress', DONE))
         self.left = extra.get('left')
         self.row = self.left['row'] if self.left else None
         self.memory = extra.get('memory', {})
         self.compiler_options = extra.get('compiler_options', {})
         self.kernels = extra.get('kernels', {})
+
+    def _planned_starts(self) -> dict[str, float]:
+        return {str(stage.index): stage.start for stage in self.runtime.stages[: self.stage + 1]}
 
     def _close(self) -> None:
         """Ends outputs and background writing; hides no error that is on its way."""

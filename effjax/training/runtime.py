@@ -24,6 +24,8 @@ from effjax.training import step as step_lib
 from effjax.training.compiled import CompiledStep, compile_train
 from effjax.training.stages import Stage, plan
 
+DONE = (1.0, 1.0)  # progress of the run and of the stage at their ends
+
 
 @dataclasses.dataclass(frozen=True, eq=False)  # one is another only if it is the same
 class StageModel:
@@ -33,11 +35,13 @@ class StageModel:
       built: what `models.build` returned.
       abstract: shapes and dtypes of the train state.
       shardings: a sharding for each of its leaves.
+      view: what the model is given of the state's parameters (`step.View`); None: them all.
     """
 
     built: models.Built
     abstract: dict[str, Any]
     shardings: dict[str, Any]
+    view: step_lib.View | None = None
 
     @property
     def params(self) -> int:
@@ -156,7 +160,7 @@ class Runtime:
         first, *later = plan(plain)
         self.dataset = self._dataset(first.config)
         for stage in later:
-            setup.check_same_data(self.dataset.info, self._dataset(stage.config).info, stage.index)
+            setup.check_same_data(self.dataset.info, self._dataset(stage.config).info, stage.where)
         return setup.resolve(plain, self.dataset.info)
 
     def _check_optimizers(self) -> None:
@@ -170,7 +174,7 @@ class Runtime:
             wrong += [] if jax.tree.structure(state) == structure else ['other parts']
             if wrong:
                 raise ConfigError(
-                    f"config.stages.{stage.index}.optimizer changes the form of the optimizer's "
+                    f"{stage.where}.optimizer changes the form of the optimizer's "
                     f'state ({wrong[0]}), which goes on from stage to stage; set what it stores '
                     'in config.optimizer, for all stages.'
                 )
@@ -298,6 +302,7 @@ class Runtime:
             self.task,
             self.optimizer(stage),
             loss_scale=self.precision.loss_scale,
+            view=self.models[stage.index].view,
             clip_norm=stage.config['clip_norm'],
             accumulate=stage.config['accumulate'],
             ema=average,
@@ -362,25 +367,35 @@ class Runtime:
             self._eval_steps[shapes] = lowered.compile()
         return self._eval_steps[shapes]
 
-    def eval_params(self, state: Mapping[str, Any], index: int = -1) -> Any:
+    def eval_params(
+        self, state: Mapping[str, Any], index: int = -1, progress: tuple[float, float] = DONE
+    ) -> Any:
         """Returns the parameters to judge: the average, or what the optimizer says.
 
         Args:
           state: a train state.
           index: of a stage with its model.
+          progress: the shares of the run and of the stage that are done.
         """
-        shardings = self.models[index].shardings['params']
-        key = self.models.index(self.models[index])
+        model = self.models[index]
+        key = self.models.index(model)
         if key not in self._eval_params:
-            self._eval_params[key] = jax.jit(self.raw_eval_params, out_shardings=shardings)
-        return self._eval_params[key](state)
+            choose = functools.partial(self.raw_eval_params, index=index)
+            shardings = model.built.shardings['params']
+            self._eval_params[key] = jax.jit(choose, out_shardings=shardings)
+        return self._eval_params[key](state, progress=np.array(progress, np.float32))
 
-    def raw_eval_params(self, state: Mapping[str, Any]) -> Any:
+    def raw_eval_params(
+        self, state: Mapping[str, Any], index: int = -1, progress: Any = DONE
+    ) -> Any:
         """Returns the parameters to judge, by a pure function to be jitted."""
-        if self.config['ema']:
-            return ema.params(state['ema'], state['params'])
-        choose = self.optimizer(self.stages[0]).eval_params
-        return choose(state['optimizer'], state['params'])
+        if state['ema']:
+            params = ema.params(state['ema'], state['params'])
+        else:
+            choose = self.optimizer(self.stages[index]).eval_params
+            params = choose(state['optimizer'], state['params'])
+        view = self.models[index].view
+        return view(params, state['frozen'], progress) if view else params
 
     def raw_eval_step(self, index: int = -1) -> Any:
         """Returns the evaluation step of a stage's model, a pure function to be jitted."""

@@ -32,9 +32,9 @@ def check(config: Mapping[str, Any]) -> None:
     check_block(PRECISIONS, config['precision'], 'precision', 'config.precision')
     task = check_block(TASKS, config['task'], 'task', 'config.task')
     for stage in stages.plan(config):
-        where = f'config.stages.{stage.index}' if config['stages'] else 'config'
-        check_block(OPTIMIZERS, stage.config['optimizer'], 'optimizer', f'{where}.optimizer')
-        check_block(SCHEDULES, stage.config['schedule'], 'schedule', f'{where}.schedule')
+        where, own = stage.where, stage.config
+        check_block(OPTIMIZERS, own['optimizer'], 'optimizer', f'{where}.optimizer')
+        check_block(SCHEDULES, own['schedule'], 'schedule', f'{where}.schedule')
         schedules.build(stage.config['schedule'])
         if stage.grow is not None:
             transitions.operator(stage)
@@ -118,13 +118,13 @@ def check_sampling(config: Mapping[str, Any], model: Any) -> None:
         raise ConfigError(f'config.finish.sample_tokens: {e}') from e
 
 
-def check_same_data(first: Any, other: Any, stage: int) -> None:
+def check_same_data(first: Any, other: Any, where: str) -> None:
     """Checks that a stage's data fits the model that the first stage's data has shaped.
 
     Args:
       first: `DataInfo` of the first stage.
       other: `DataInfo` of the stage.
-      stage: its index, for the message.
+      where: the stage's place in the config, for the message.
 
     Raises:
       ConfigError: another kind of data, another tokenizer, other images or classes.
@@ -132,12 +132,12 @@ def check_same_data(first: Any, other: Any, stage: int) -> None:
     for what in ('kind', 'vocab_size', 'image_shape', 'classes', 'queries'):
         if getattr(first, what) != getattr(other, what):
             raise ConfigError(
-                f'config.stages.{stage}.data has {what} {getattr(other, what)!r}, but the first '
+                f'{where}.data has {what} {getattr(other, what)!r}, but the first '
                 f'stage has {getattr(first, what)!r}; a stage may change the data, not its form.'
             )
     if first.kind == 'text' and first.tokenizer.digest != other.tokenizer.digest:
         raise ConfigError(
-            f'config.stages.{stage}.data would train another tokenizer than the first stage; mix '
+            f'{where}.data would train another tokenizer than the first stage; mix '
             'the sources from the start (data.kind=mixture) and change their weights, or give both '
             "the same data.tokenizer of kind 'file'."
         )

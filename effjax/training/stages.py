@@ -35,6 +35,8 @@ class Stage:
       own_schedule: whether progress counts inside the stage.
       total: the whole run's extent.
       grow: the block of the operator that grows the model of the stage before, or None.
+      where: its place in the config, for errors.
+      origin: what the run had used before its first stage.
     """
 
     index: int
@@ -46,14 +48,20 @@ class Stage:
     own_schedule: bool
     total: float
     grow: dict[str, Any] | None = None
+    where: str = 'config'
+    origin: float = 0.0
 
     def progress(self, consumed: float) -> float:
         """Returns the schedule's progress in [0, 1] when `consumed` of the extent is used."""
-        if self.own_schedule:
-            span, consumed = self.end - self.start, consumed - self.start
-        else:
-            span = self.total
-        return min(max(consumed / span, 0.0), 1.0)
+        run, stage = self.shares(consumed)
+        return stage if self.own_schedule else run
+
+    def shares(self, consumed: float) -> tuple[float, float]:
+        """Returns the shares in [0, 1] of the run and of the stage that are done."""
+        return (
+            _share_of(consumed, self.origin, self.total),
+            _share_of(consumed, self.start, self.end),
+        )
 
 
 def plan(config: Mapping[str, Any]) -> list[Stage]:
@@ -74,16 +82,21 @@ def plan(config: Mapping[str, Any]) -> list[Stage]:
     for i, (stage, length) in enumerate(zip(base['stages'], lengths, strict=True)):
         done += length
         end = total if i == len(lengths) - 1 else round(done) if unit == 'steps' else done
+        where = f'config.stages.{i}'
         if end <= start:
-            raise ConfigError(f'config.stages.{i} would not last a single step.')
+            raise ConfigError(f'{where} would not last a single step.')
         changed = _apply(base, stage, i)
         name = stage.get('name', f'stage_{i}')
         grow = _grow(stage, i)
         _check_growth(grow, changed, out[-1].config if out else None, i)
         own = 'schedule' in stage
-        out.append(Stage(i, name, changed, unit, start, end, own, total, grow))
+        out.append(Stage(i, name, changed, unit, start, end, own, total, grow, where))
         start = end
     return out
+
+
+def _share_of(consumed: float, start: float, end: float) -> float:
+    return min(max((consumed - start) / (end - start), 0.0), 1.0)
 
 
 def _lengths(stages: list[dict[str, Any]], unit: str, total: float) -> list[float]:

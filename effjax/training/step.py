@@ -12,6 +12,9 @@ from flax import nnx
 State = dict[str, Any]
 Batch = Mapping[str, jax.Array]
 Sums = dict[str, tuple[jax.Array, jax.Array]]
+# What the model is given of a state's parameters: `view(params, frozen, progress) -> params`, pure
+# and differentiable in the first, where that is not the parameters themselves.
+View = Callable[[Any, Any, jax.Array], Any]
 
 
 def make_train_step(
@@ -23,8 +26,9 @@ def make_train_step(
     clip_norm: float = 0.0,
     accumulate: int = 1,
     ema: Callable[[Any, Any], Any] | None = None,
-) -> Callable[[State, Batch, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]:
-    """Returns `step(state, batch, lr, seed) -> (state, metrics)`.
+    view: View | None = None,
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """Returns `step(state, batch, lr, seed, progress) -> (state, metrics)`.
 
     The gradient is that of the weighted mean over the whole batch, whatever the number of
     microbatches and however unequal their weights. A step whose loss or gradient is not finite
@@ -38,21 +42,24 @@ def make_train_step(
       clip_norm: clips the gradient's global norm; 0 leaves it alone.
       accumulate: microbatches a step; rows must divide by it.
       ema: `f(average, params) -> average`, or None.
+      view: what the model is given of the parameters (`View`), or None for them all.
 
     Returns:
       The step. `lr` is a float32 scalar and `seed` a uint32 scalar, from which, with stage, step,
       microbatch and layer, all randomness is folded: an argument, so that all seeds share one
-      executable. Metrics are float32 scalars.
+      executable. `progress` is float32 [2], the shares of the run and of the stage that are done.
+      Metrics are float32 scalars.
     """
 
-    def gradients(state: State, batch: Batch, seed: jax.Array):
+    def gradients(state: State, batch: Batch, seed: jax.Array, progress: jax.Array):
         elements = batch['weights'].size  # a constant that keeps the sum's gradient near 1
         scale = state['loss_scale']['scale'] if loss_scale else 1.0
         key = jax.random.fold_in(jax.random.key(seed), state['stage'])
         key = jax.random.fold_in(key, state['step'])
 
         def loss_fn(params, rows: Batch, index: jax.Array):
-            model = nnx.merge(graphdef, params, state['buffers'])
+            seen = view(params, state['frozen'], progress) if view else params
+            model = nnx.merge(graphdef, seen, state['buffers'])
             info = task.info(rows, jax.random.fold_in(key, index), True)
             loss, weight, aux = task.loss(model, rows, info)
             return loss * (scale / elements), (loss, weight, aux)
@@ -64,9 +71,11 @@ def make_train_step(
             grads, sums = _accumulate(grad, state['params'], batch, accumulate)
         return grads, sums, elements / scale
 
-    def step(state: State, batch: Batch, lr: jax.Array, seed: jax.Array):
-        chex.assert_shape((lr, seed), ())
-        grads, (loss, weight, aux), factor = gradients(state, batch, seed)
+    def step(
+        state: State, batch: Batch, lr: jax.Array, seed: jax.Array, progress: jax.Array
+    ) -> tuple[State, dict[str, jax.Array]]:
+        chex.assert_shape((lr, seed, progress), [(), (), (2,)])
+        grads, (loss, weight, aux), factor = gradients(state, batch, seed, progress)
         factor = factor / jnp.maximum(weight, 1e-20)
         norm = optax.tree.norm(grads).astype(jnp.float32) * factor
         if clip_norm:

@@ -60,7 +60,7 @@ def operator(stage: Stage) -> growth.Operator:
       ConfigError: an unknown operator, or an unknown or impossible argument.
     """
     assert stage.grow is not None
-    where, kind = f'config.stages.{stage.index}.grow', stage.grow['kind']
+    where, kind = f'{stage.where}.grow', stage.grow['kind']
     own = {k: v for k, v in stage.grow.items() if k not in ('kind', *SHARED)}
     component = lookup(growth.OPERATORS, kind, 'growth operator', where)
     check_arguments(component, own, f'growth operator {kind!r}', where)
@@ -94,7 +94,7 @@ def plan(stage: Stage, before: Stage, built: tuple[Any, Any]) -> Transition:
     try:
         change = growth.plan(before.config, stage.config, chosen, built=built)
     except ConfigError as e:
-        raise ConfigError(f'config.stages.{stage.index}.grow: {e}') from e
+        raise ConfigError(f'{stage.where}.grow: {e}') from e
     return Transition(stage, chosen, change, shared)
 
 

@@ -114,7 +114,7 @@ class Lanes:
     def _compile(self) -> Any:
         """Returns `epoch(state, rows, held, epoch, lr, seeds) -> (state, accuracy, skipped)`."""
         runtime, (stage, *_) = self.runtime, self.runtime.stages
-        step = jax.vmap(runtime.raw_step(stage), in_axes=(0, None, 0, 0))
+        step = jax.vmap(runtime.raw_step(stage), in_axes=(0, None, 0, 0, None))
         evaluate, judged = runtime.raw_eval_step(), jax.vmap(runtime.raw_eval_params)
         ones = jnp.ones(self._batch, jnp.float32)
         seed = int(runtime.config['seed'])
@@ -126,7 +126,7 @@ class Lanes:
 
             def one(state, chosen):
                 batch = {name: x[chosen] for name, x in rows.items()}
-                state, metrics = step(state, {**batch, 'weights': ones}, lr, seeds)
+                state, metrics = step(state, {**batch, 'weights': ones}, lr, seeds, jnp.ones(2))
                 return state, metrics['skipped'] > 0
 
             state, skipped = jax.lax.scan(one, state, order)

@@ -76,7 +76,7 @@ def make(**options):
     }
     seed, task = jnp.uint32(options.pop('seed', 0)), options.pop('task', Regression())
     raw = step.make_train_step(graphdef, task, Sgd(), **options)
-    return (lambda state, batch, lr: raw(state, batch, lr, seed)), state
+    return (lambda state, batch, lr: raw(state, batch, lr, seed, jnp.ones(2))), state
 
 
 def data(rows=8, seed=0):
