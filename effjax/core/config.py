@@ -122,14 +122,14 @@ def defaults() -> ConfigDict:
 BLOCKS = ('data', 'task', 'model', 'optimizer', 'schedule', 'precision')
 _FREE = frozenset({*BLOCKS, 'evals', 'sharding', 'execution.compiler_options'})
 # What a stage says of itself; anything else it sets changes the run's config.
-STAGE_OWN = ('name', 'steps', 'share', 'budget', 'grow')
+STAGE_OWN = ('name', 'steps', 'share', 'budget', 'until', 'grow')
 STAGE_KEYS = (
     *STAGE_OWN, 'model', 'batch_size', 'seq_len', 'accumulate', 'data', 'schedule', 'optimizer',
     'clip_norm', 'lr_scales', 'decay_scales',
 )  # fmt: skip
 _STAGE_TYPES: dict[str, tuple[type, ...]] = {
     'share': (int, float), 'steps': (int,), 'name': (str,), 'budget': (str,),
-    'grow': (Mapping, str),
+    'grow': (Mapping, str), 'until': (Mapping,),
 }  # fmt: skip
 
 

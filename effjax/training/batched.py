@@ -111,6 +111,12 @@ def check_batchable(configs: Sequence[Mapping[str, Any]]) -> None:
             f'batched runs have one stage, but config.stages has {stages}; train the runs one by '
             'one.'
         )
+    for stage in plan(first):
+        if stage.until is not None:
+            raise ConfigError(
+                f"{stage.where}.until ends a stage by its own run's loss, but batched runs go from "
+                'stage to stage together; leave it out, or train the runs one by one.'
+            )
     unit, _ = extent(first)
     if unit in ('seconds', 'joules'):
         raise ConfigError(

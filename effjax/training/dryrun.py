@@ -99,6 +99,10 @@ def _stages(runtime: Runtime) -> list[str]:
             f'  {stage.name:<24} {100 * share:5.1f} % of the run, {human(model.params)} '
             f'parameters, {human(flops, "FLOP")} a step of {size}'
         )
+        if stage.until is not None:
+            out.append(
+                f'    ends early once its loss falls by a slope above {stage.until["slope"]:g}'
+            )
         if stage.grow is not None:
             out.append(f'    grown by {runtime.transitions[stage.index].words}')
     return out

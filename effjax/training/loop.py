@@ -32,6 +32,7 @@ from effjax.training.metrics import FILE, MetricsWriter, last_row
 from effjax.training.progress import human, make_progress
 from effjax.training.runtime import DONE, Runtime
 from effjax.training.signals import Agreement
+from effjax.training.slope import LossSlope
 from effjax.training.stages import Stage
 from effjax.training.transitions import PURPOSE
 
@@ -84,6 +85,8 @@ class Trainer:
             str, float
         ] = {}  # stage's index -> what of the extent was used at its start
         self.progress = (0.0, 0.0)  # shares of the run and of the stage that are done
+        self.slope: LossSlope | None = None  # of a stage that it may end
+        self.ended = -1  # the last stage that ended before its time
         # Evaluations that a signal cut short, and the row of their step.
         self.left: dict[str, Any] | None = None
         self.memory: dict[str, Any] = {}
@@ -141,6 +144,8 @@ class Trainer:
     def _run_stage(self, stage: Stage) -> None:
         if stage.index < self.stage or self._used(stage.unit) >= stage.end:
             return  # resumed after its end
+        if stage.index <= self.ended:
+            return
         for later in self.runtime.stages[self.stage + 1 : stage.index + 1]:
             self._enter(later)
         stage = self._as_started(stage)
@@ -158,6 +163,18 @@ class Trainer:
                 self._steps(stage, compiled, itertools.chain([first], loader))
         finally:
             loader.close()
+
+    def _flat(self, stage: Stage) -> bool:
+        """Whether a stage's loss has come to fall too slowly to go on."""
+        if self.slope is None:
+            return False
+        assert stage.until is not None
+        slope = self.slope.value(self.ledger.steps + 1)
+        if slope is None or slope < stage.until['slope']:
+            return False
+        self.ended, self.slope = stage.index, None
+        self._say(f'stage {stage.name} ends: the slope of its loss is {slope:.4f}')
+        return True
 
     def _enter(self, stage: Stage) -> None:
         """Takes the state from the stage before into this one, growing it if that is asked."""
@@ -187,9 +204,12 @@ class Trainer:
         schedule = self._schedule(stage)
         evaluations = self.runtime.evaluations(stage)
         flying: collections.deque[_InFlight] = collections.deque()
-        while not self._stopping():
+        if stage.until is not None and self.slope is None:
+            self.slope = LossSlope(stage.until['window'])
+        while not self._stopping() and not self._flat(stage):
             used, size = self._used(stage.unit), self._step_extent(stage, compiled)
             if used + size / 2 >= stage.end:
+                self.slope = None
                 break  # a run ends with the step that comes nearest to its budget
             lr = schedule(stage.progress(used + size / 2))
             self.progress = stage.shares(used + size)
@@ -248,6 +268,8 @@ class Trainer:
             self.row['step'], self.row['seconds'], compiled.cost.tokens
         )
         self.bar.update(self.row)
+        if self.slope is not None:
+            self.slope.add(self.row['step'], self.row['model_flops'], values['loss'])
         if values['skipped']:
             self.ledger.add_skipped()
             if self.runtime.precision.loss_scale is None:
@@ -403,6 +425,8 @@ class Trainer:
             'evaluated': self.evaluated,
             'started': self.started,
             'progress': self.progress,
+            'slope': self.slope and self.slope.to_dict(),
+            'ended': self.ended,
             'left': plain(self.left),
             'memory': meters.memory(jax.local_devices(), self.memory),
             'compiler_options': self.compiler_options,
@@ -418,6 +442,12 @@ class Trainer:
         self.evaluated = extra.get('evaluated', {})
         self.started = dict(extra.get('started') or self._planned_starts())
         self.progress = tuple(extra.get('progress', DONE))
+        self.ended = extra.get('ended', -1)
+        if extra.get('slope'):
+            until = self.runtime.stages[self.stage].until
+            if until is not None:
+                self.slope = LossSlope(until['window'])
+                self.slope.restore(extra['slope'])
         self.left = extra.get('left')
         self.row = self.left['row'] if self.left else None
         self.memory = extra.get('memory', {})

@@ -7,6 +7,9 @@ size, sequence length, data, schedule, optimizer settings, the model's sizes. Wi
 on over the whole run. Where the model changes, `grow` names the operator that makes the larger
 model's state of the smaller one's (`effjax.growth`): `grow='stack'`, or a block with its arguments,
 and `moments`, `counts` and `seed` as `effjax.growth.grow` takes them.
+
+A stage with `until={'slope': -0.05}` ends before its time once its loss falls no more steeply than
+that (`training.slope`); the next one begins there and ends where it was to end.
 """
 
 import dataclasses
@@ -35,6 +38,7 @@ class Stage:
       own_schedule: whether progress counts inside the stage.
       total: the whole run's extent.
       grow: the block of the operator that grows the model of the stage before, or None.
+      until: what ends it before its time, as `check_until` returns it, or None.
       where: its place in the config, for errors.
       origin: what the run had used before its first stage.
     """
@@ -48,6 +52,7 @@ class Stage:
     own_schedule: bool
     total: float
     grow: dict[str, Any] | None = None
+    until: dict[str, float] | None = None
     where: str = 'config'
     origin: float = 0.0
 
@@ -89,8 +94,10 @@ def plan(config: Mapping[str, Any]) -> list[Stage]:
         name = stage.get('name', f'stage_{i}')
         grow = _grow(stage, i)
         _check_growth(grow, changed, out[-1].config if out else None, i)
-        own = 'schedule' in stage
-        out.append(Stage(i, name, changed, unit, start, end, own, total, grow, where))
+        own, until = 'schedule' in stage, None
+        if 'until' in stage:
+            until = check_until(stage['until'], f'{where}.until', last=i == len(lengths) - 1)
+        out.append(Stage(i, name, changed, unit, start, end, own, total, grow, until, where))
         start = end
     return out
 
@@ -131,6 +138,34 @@ def _share(stage: Mapping[str, Any], index: int) -> float:
             f'{stage["budget"]!r}.'
         )
     return float(found[1]) / 100
+
+
+def check_until(block: Mapping[str, Any], where: str, *, last: bool) -> dict[str, float]:
+    """Returns a stage's `until`: `slope`, and over which `window` of compute it is taken.
+
+    Raises:
+      ConfigError: an unknown key, a slope that no falling loss reaches, or nothing that follows.
+    """
+    for key in block:
+        if key not in ('slope', 'window'):
+            raise ConfigError(f'{where} takes slope and window, not {key!r}.')
+    found = {'window': 1.5, **block}
+    for key, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f'{where}.{key} must be a number, got {value!r}.')
+    if 'slope' not in found or not found['slope'] < 0:
+        raise ConfigError(
+            f'{where} needs a slope below 0, at which the stage ends: d log(loss) / d log(FLOPs), '
+            'such as -0.05.'
+        )
+    if not found['window'] > 1.1:
+        raise ConfigError(
+            f'{where}.window is how many times as much compute its end has spent as its beginning; '
+            f'it must be above 1.1, got {found["window"]}.'
+        )
+    if last:
+        raise ConfigError(f'{where}: no stage follows that could begin early; leave it out.')
+    return found
 
 
 def _grow(stage: Mapping[str, Any], index: int) -> dict[str, Any] | None:
