@@ -80,7 +80,7 @@ def load(run: str | pathlib.Path, step: int | None = None) -> Loaded:
     # One device, whatever the run had; scanned layers compile in the least time.
     config['mesh'] = dict.fromkeys(config['mesh'], 1)
     config['execution'] = {**config['execution'], 'layers': 'scan', 'remat': 'none'}
-    runtime = Runtime(config)
+    runtime = Runtime(config, with_source=False)
     checkpointer = Checkpointer(folder / 'checkpoints')
     try:
         restored = checkpointer.restore(

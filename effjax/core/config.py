@@ -110,6 +110,8 @@ def defaults() -> ConfigDict:
     config.reference = ''
 
     config.stages = ()  # dicts: see training.stages
+    # Another run's checkpoint that the first stage begins from: see training.sources.
+    config.init_from = ConfigDict()
     # What to do when training is done: compare bits per byte with gzip -9, generate a sample.
     config.finish = ConfigDict()
     config.finish.gzip = False
@@ -120,12 +122,12 @@ def defaults() -> ConfigDict:
 
 # Keys whose content belongs to a registry or is free: only their being mappings is checked here.
 BLOCKS = ('data', 'task', 'model', 'optimizer', 'schedule', 'precision')
-_FREE = frozenset({*BLOCKS, 'evals', 'sharding', 'execution.compiler_options'})
+_FREE = frozenset({*BLOCKS, 'evals', 'sharding', 'execution.compiler_options', 'init_from'})
 # What a stage says of itself; anything else it sets changes the run's config.
 STAGE_OWN = ('name', 'steps', 'share', 'budget', 'until', 'grow')
 STAGE_KEYS = (
     *STAGE_OWN, 'model', 'batch_size', 'seq_len', 'accumulate', 'data', 'schedule', 'optimizer',
-    'clip_norm', 'lr_scales', 'decay_scales',
+    'clip_norm', 'lr_scales', 'decay_scales', 'init_from',
 )  # fmt: skip
 _STAGE_TYPES: dict[str, tuple[type, ...]] = {
     'share': (int, float), 'steps': (int,), 'name': (str,), 'budget': (str,),

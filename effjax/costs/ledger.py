@@ -21,6 +21,11 @@ UNITS = (
 )  # fmt: skip
 _COUNTS = ('steps', 'examples', 'tokens', 'tokens_computed', 'optimizer_flops')
 _EVAL = 'eval'
+# What the ledger of another run counts towards this one's budget.
+_OF_SOURCE = (
+    'tokens', 'examples', 'tokens_computed', 'optimizer_flops', 'model_flops', 'hardware_flops',
+    'reference_seconds',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Ledger:
         self._stages: dict[str, dict[str, Any]] = {}
         self._eval = _passes()
         self._skipped = 0
+        self._sources: dict[str, dict[str, Any]] = {}
         self._wasted: dict[str, Any] = {
             'steps': 0, 'tokens': 0, 'model_flops': 0, 'hardware_flops': 0, 'seconds': 0.0,
         }  # fmt: skip
@@ -103,6 +109,28 @@ class Ledger:
         entry['examples'] += cost.examples
         entry['model_flops'] += cost.model_flops
         entry['hardware_flops'] = _plus(entry['hardware_flops'], cost.hardware_flops)
+
+    def add_source(
+        self, name: str, totals: Mapping[str, Any], *, seconds: float, charged: bool
+    ) -> None:
+        """Books another run whose weights this one uses.
+
+        Args:
+          name: what this run calls it, such as 'init_from' or 'teacher'.
+          totals: `totals()` of that run's ledger, as far as its checkpoint.
+          seconds: its training time.
+          charged: whether it counts towards this run's budget. Its steps never do: steps are this
+            run's own.
+        """
+        keys = ('steps', *_OF_SOURCE)
+        self._sources[name] = {
+            **{key: totals.get(key) for key in keys}, 'seconds': seconds, 'charged': charged,
+        }  # fmt: skip
+
+    @property
+    def source_seconds(self) -> float:
+        """Training seconds of the sources that are charged."""
+        return sum(source['seconds'] for source in self._charged())
 
     def add_wasted_steps(
         self,
@@ -160,23 +188,27 @@ class Ledger:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on."""
-        return self._sum('tokens')
+        """Tokens trained on, charged sources included."""
+        return self._sum('tokens') + self._from_sources('tokens')
 
     @property
     def examples(self) -> int:
-        """Examples trained on."""
-        return self._sum('examples')
+        """Examples trained on, charged sources included."""
+        return self._sum('examples') + self._from_sources('examples')
 
     @property
     def model_flops(self) -> int:
-        """Model FLOPs charged to the budget: training steps and charged forward passes."""
-        return sum(_model_flops(entry) for entry in self._stages.values())
+        """Model FLOPs of the budget: training steps, charged forward passes and sources."""
+        own = sum(_model_flops(entry) for entry in self._stages.values())
+        return own + self._from_sources('model_flops')
 
     @property
     def hardware_flops(self) -> int | None:
         """FLOPs executed for the same, or None where some are not known."""
-        return _hardware_flops(self._stages.values())
+        out = _hardware_flops(self._stages.values())
+        for source in self._charged():
+            out = _plus(out, source['hardware_flops'])
+        return out
 
     @property
     def reference_seconds(self) -> float | None:
@@ -184,6 +216,8 @@ class Ledger:
         out: float | None = 0.0
         for entry in self._stages.values():
             out = _add(out, entry['reference_seconds'])
+        for source in self._charged():
+            out = _add(out, source['reference_seconds'])
         return out if self._stages else None
 
     def totals(self) -> dict[str, Any]:
@@ -191,7 +225,7 @@ class Ledger:
         entries = list(self._stages.values())
         forward = ({k: v['model_flops'] for k, v in e['forward'].items()} for e in entries)
         return {
-            **{key: self._sum(key) for key in _COUNTS},
+            **{key: self._sum(key) + self._from_sources(key) for key in _COUNTS},
             'skipped': self._skipped,
             'model_flops': self.model_flops,
             'hardware_flops': self.hardware_flops,
@@ -200,6 +234,7 @@ class Ledger:
             'forward': _merge(forward),
             'eval': dict(self._eval),
             'wasted': dict(self._wasted),
+            'sources': copy.deepcopy(self._sources),
             'stages': {
                 name: {
                     **{key: entry[key] for key in _COUNTS},
@@ -218,6 +253,7 @@ class Ledger:
                 'eval': self._eval,
                 'skipped': self._skipped,
                 'wasted': self._wasted,
+                'sources': self._sources,
             }
         )
 
@@ -233,6 +269,7 @@ class Ledger:
         ledger._eval = saved['eval']
         ledger._skipped = saved['skipped']
         ledger._wasted = saved['wasted']
+        ledger._sources = saved.get('sources', {})
         return ledger
 
     def _stage(self, name: str) -> dict[str, Any]:
@@ -249,6 +286,14 @@ class Ledger:
 
     def _sum(self, key: str) -> int:
         return sum(entry[key] for entry in self._stages.values())
+
+    def _charged(self) -> list[dict[str, Any]]:
+        return [source for source in self._sources.values() if source['charged']]
+
+    def _from_sources(self, key: str) -> int:
+        if key not in _OF_SOURCE:
+            return 0
+        return sum(source[key] for source in self._charged())
 
 
 def _passes() -> dict[str, Any]:

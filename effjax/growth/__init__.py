@@ -17,6 +17,7 @@ Growth knows no optimizer: the caller passes the large run's, for the form of it
 
 from effjax.growth.base import Operator
 from effjax.growth.change import Change
+from effjax.growth.check import differences
 from effjax.growth.transition import OPERATORS, grow, plan, transform
 
-__all__ = ['OPERATORS', 'Change', 'Operator', 'grow', 'plan', 'transform']
+__all__ = ['OPERATORS', 'Change', 'Operator', 'differences', 'grow', 'plan', 'transform']

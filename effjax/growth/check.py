@@ -41,11 +41,16 @@ def same_architecture(small: Mapping[str, Any], large: Mapping[str, Any]) -> Non
     Raises:
       ConfigError: naming the first key that differs.
     """
-    for path, old, new in _differences(small['model'], large['model'], 'model', 'config.model'):
+    for path, old, new in differences(small['model'], large['model']):
         raise ConfigError(
             f'{path} is {old!r} in the small model and {new!r} in the large one: growth changes '
             f'sizes ({", ".join(sorted(_SIZES))}) and nothing else; make them equal.'
         )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[tuple[str, Any, Any]]:
+    """Yields (path, old, new) of what two models' blocks say of the model, its sizes aside."""
+    return _differences(old, new, 'model', 'config.model')
 
 
 def _differences(old: Any, new: Any, name: str, path: str) -> Iterable[tuple[str, Any, Any]]:

@@ -343,6 +343,19 @@ def read_manifest(folder: str | pathlib.Path, step: int | None = None) -> dict[s
     )
 
 
+def read_extra(folder: str | pathlib.Path, step: int) -> dict[str, Any]:
+    """Returns what the checkpoint of a step holds beside manifest and arrays.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    folder = pathlib.Path(folder).absolute()
+    wrong = checksums.problem(folder / str(step), under='extra/')
+    if wrong:
+        raise CheckpointError(f'checkpoint {folder / str(step)} cannot be used: {wrong}.')
+    return _read(folder, step, extra=ocp.args.JsonRestore())['extra']
+
+
 def _read(folder: pathlib.Path, step: int, **items: Any) -> Any:
     logging.getLogger('absl').addFilter(_quiet)
     options = ocp.CheckpointManagerOptions(read_only=True)

@@ -87,9 +87,10 @@ def _flops(runtime: Runtime) -> list[str]:
 
 def _stages(runtime: Runtime) -> list[str]:
     """How long each stage lasts, its parameters, its steps' cost, and what leads to it."""
+    begins = _source(runtime)
     if len(runtime.stages) == 1:
-        return []
-    out = ['', 'stages:']
+        return begins
+    out = [*begins, '', 'stages:']
     for stage in runtime.stages:
         model = runtime.models[stage.index]
         flops = 3 * total(runtime.costs(stage).values()).model_flops
@@ -105,6 +106,20 @@ def _stages(runtime: Runtime) -> list[str]:
             )
         if stage.grow is not None:
             out.append(f'    grown by {runtime.transitions[stage.index].words}')
+    return out
+
+
+def _source(runtime: Runtime) -> list[str]:
+    """The run that this one begins from."""
+    source = runtime.source
+    if source is None:
+        return []
+    cost = f'{human(source.totals["model_flops"], "FLOP")} that are '
+    cost += 'charged' if source.charge else 'free'
+    size = f'{human(runtime.source_model.params)} parameters'
+    out = ['', f'begins from step {source.step} of {source.folder}: {size}, {cost}']
+    if len(runtime.stages) == 1 and 0 in runtime.transitions:
+        out.append(f'    grown by {runtime.transitions[0].words}')
     return out
 
 

@@ -66,7 +66,8 @@ class Trainer:
         self, config: Mapping[str, Any], workdir: pathlib.Path, runtime: Runtime | None = None
     ):
         self.workdir = make_folder(workdir)
-        self.runtime = runtime or Runtime(config)
+        fresh = not Checkpointer(workdir / 'checkpoints').steps()
+        self.runtime = runtime or Runtime(config, with_source=fresh)
         self.config = self.runtime.config
         self.seed: Any = self.config['seed']  # what the step takes; batched runs, one a lane
         self.clock = Clock(devices=jax.device_count())
@@ -125,7 +126,7 @@ class Trainer:
             restored = self._restored()
             self._open_outputs()
             try:
-                self.state = restored or self.runtime.initial_state()
+                self.state = restored or self._first_state()
                 self._evaluate_left()
                 for stage in self.runtime.stages:
                     self._run_stage(stage)
@@ -140,6 +141,18 @@ class Trainer:
             finally:
                 self._close()
         return self.stopped_by
+
+    def _first_state(self) -> dict[str, Any]:
+        """Returns the state that the first stage begins with, another run's where it is to."""
+        source, stage = self.runtime.source, self.runtime.stages[0]
+        if source is None:
+            return self.runtime.initial_state()
+        cost = 'charged' if source.charge else 'free'
+        self._say(f'begins from step {source.step} of {source.folder}, whose cost is {cost}')
+        self.state = self.runtime.source_state()
+        if stage.grow is not None:
+            self._enter(stage)
+        return self.state
 
     def _run_stage(self, stage: Stage) -> None:
         if stage.index < self.stage or self._used(stage.unit) >= stage.end:
@@ -189,7 +202,9 @@ class Trainer:
         self.state['stage'] = jnp.full_like(self.state['stage'], stage.index)
         grown = ''
         if stage.grow is not None:
-            before, after = (self.runtime.models[i].params for i in (stage.index - 1, stage.index))
+            small = self.runtime.models[stage.index - 1] if stage.index else None
+            before = (small or self.runtime.source_model).params
+            after = self.runtime.models[stage.index].params
             how = self.runtime.transitions[stage.index].words
             grown = f': grown from {human(before)} to {human(after)} parameters by {how}'
         self._say(f'stage {stage.name}{grown}')
@@ -319,7 +334,8 @@ class Trainer:
             return self.energy.joules() or 0.0
         if unit == 'seconds':
             # The one budget that no two machines agree on: process 0 decides for all.
-            return float(parallel.broadcast(np.float64(self._seconds())))
+            seconds = self._seconds() + self.ledger.source_seconds
+            return float(parallel.broadcast(np.float64(seconds)))
         return float(getattr(self.ledger, unit) or 0.0)
 
     def _step_extent(self, stage: Stage, compiled: CompiledStep) -> float:
@@ -390,6 +406,11 @@ class Trainer:
         folder = self.checkpointer.folder
         if self.checkpointer.latest() is None:
             refuse_other(self.workdir / 'config.json', self.config)
+            source = self.runtime.source
+            if source is not None:
+                self.ledger.add_source(
+                    'init_from', source.totals, seconds=source.seconds, charged=source.charge
+                )
             self._book_waste()
             return None
         runtime = self.runtime
@@ -481,7 +502,8 @@ class Trainer:
         self._write_row()
         self.writer.flush()
         params = self.runtime.models[self.stage].abstract['params']
-        manifest = resume.manifest(self.config, params, self.stage)
+        tokenizer = getattr(self.runtime.dataset.info.tokenizer, 'digest', '')
+        manifest = resume.manifest(self.config, params, self.stage, tokenizer)
         with self.clock('checkpoint'):
             try:
                 if self.last_saved != self.ledger.steps:

@@ -12,17 +12,21 @@ from effjax.core.errors import CheckpointError
 IDENTITY = ('seed', 'init_seed', 'data', 'task', 'model', 'precision', 'optimizer')
 
 
-def manifest(config: Mapping[str, Any], params: Any, stage: int) -> dict[str, Any]:
+def manifest(
+    config: Mapping[str, Any], params: Any, stage: int, tokenizer: str = ''
+) -> dict[str, Any]:
     """Returns what is read first of a checkpoint: config, stage, and each parameter's form.
 
     Args:
       config: the resolved config as plain dicts.
       params: abstract or real parameters.
       stage: index of the stage that the state belongs to.
+      tokenizer: digest of the tokenizer, '' without one.
     """
     return {
         'config': dict(config),
         'stage': stage,
+        'tokenizer': tokenizer,
         'params': {
             name: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype)}
             for name, leaf in trees.flatten(params).items()
@@ -61,6 +65,7 @@ def check_config(found: Mapping[str, Any], config: Mapping[str, Any], where: Any
         if key == 'data':
             old, new = _content(old), _content(new)
         keys += changed(old, new, key)
+    keys += changed(found.get('init_from') or {}, config['init_from'], 'init_from')
     keys += changed(_growth(found.get('stages')), _growth(config['stages']), 'stages')
     if keys:
         more = f' (and {len(keys) - 5} more)' if len(keys) > 5 else ''

@@ -18,9 +18,10 @@ from effjax.core.config import as_dict
 from effjax.core.errors import ConfigError
 from effjax.costs import StepCost
 from effjax.costs.reference import reference_seconds
-from effjax.training import ema, evaluate, optimizers, setup, transitions
+from effjax.training import ema, evaluate, optimizers, setup, sources, transitions
 from effjax.training import state as state_lib
 from effjax.training import step as step_lib
+from effjax.training.checkpoints import Checkpointer
 from effjax.training.compiled import CompiledStep, compile_train
 from effjax.training.stages import Stage, plan
 
@@ -64,6 +65,7 @@ class Runtime:
       config: a config whose form and blocks have been checked.
       with_data: open the data, and check the config against it; without it (a look at shapes)
         there is no `dataset` and there are no evaluations.
+      with_source: look at the run that this one begins from; a run that goes on does not need it.
 
     Attributes:
       config: the resolved config, as plain dicts: what the data knows is filled in.
@@ -75,6 +77,8 @@ class Runtime:
       precision: dtypes and loss scaling.
       models: the model of each stage; stages whose models are equal share one.
       transitions: stage's index -> the growth that leads to it.
+      source: the run that this one begins from, or None.
+      source_model: that run's model, at this run's precision and with its optimizer.
       lanes: runs that one step trains at once (`training.batched`); 0 without such an axis.
 
     Raises:
@@ -86,7 +90,9 @@ class Runtime:
 
     lanes = 0
 
-    def __init__(self, config: Mapping[str, Any], *, with_data: bool = True):
+    def __init__(
+        self, config: Mapping[str, Any], *, with_data: bool = True, with_source: bool = True
+    ):
         parallel.initialize()
         plain = as_dict(config)
         self.mesh = parallel.make_mesh(plain['mesh'])
@@ -109,31 +115,56 @@ class Runtime:
         self.transitions = {
             stage.index: transitions.plan(
                 stage,
-                self.stages[stage.index - 1],
+                self.stages[stage.index - 1].config,
                 (self.models[stage.index - 1].built, self.models[stage.index].built),
             )
-            for stage in self.stages
+            for stage in self.stages[1:]
             if stage.grow is not None
         }
+        self.source: sources.Source | None = None
+        if with_source and self.stages[0].config['init_from']:
+            self._open_source()
 
     def _make_models(self) -> list[StageModel]:
         """Builds the stages' models, each for the longest rows that any stage will ask for."""
-        scale, average = self.precision.loss_scale, bool(self.config['ema'])
         out: list[StageModel] = []
         for stage in self.stages:
-            if out and stage.grow is None:
-                out.append(out[-1])
-                continue
-            longest = {**self.config, 'model': stage.config['model'], 'seq_len': self._record}
-            built = models.build(longest, mesh=self.mesh)
-            optimizer = self._optimizer(stage, built)
-            abstract = state_lib.abstract(built, optimizer, scale, average)
-            out.append(
-                StageModel(
-                    built, abstract, state_lib.shardings(built, optimizer, abstract, self.mesh)
-                )
-            )
+            same = out and stage.grow is None
+            out.append(out[-1] if same else self._model(stage, stage.config['model']))
         return out
+
+    def _model(self, stage: Stage, block: Mapping[str, Any]) -> StageModel:
+        """Returns the model of a block, with the state that a stage keeps of it."""
+        built = models.build(
+            {**self.config, 'model': block, 'seq_len': self._record}, mesh=self.mesh
+        )
+        optimizer = self._optimizer(stage, built)
+        abstract = state_lib.abstract(
+            built, optimizer, self.precision.loss_scale, bool(self.config['ema'])
+        )
+        return StageModel(
+            built, abstract, state_lib.shardings(built, optimizer, abstract, self.mesh)
+        )
+
+    def _open_source(self) -> None:
+        """Reads what the run that this one begins from says of itself, and checks that it fits."""
+        stage, first = self.stages[0], self.models[0]
+        where = f'{stage.where}.init_from'
+        source = sources.read(stage.config['init_from'], where, self.config['seed'])
+        shared = {key: self.config[key] for key in ('mesh', 'sharding')}
+        self._of_source = Runtime({**source.config, **shared}, with_data=False, with_source=False)
+        theirs = self._of_source.stages[self._of_source.stage_of(source.manifest)]
+        config = {**stage.config, 'model': theirs.config['model']}
+        self.source, self.source_model = source, self._model(stage, config['model'])
+        sources.check_charge(source, stage.unit, stage.end)
+        if self._evaluations and self.task.data == 'text':
+            sources.check_tokenizer(source, self.dataset.info.tokenizer.digest)
+        built = (self.source_model.built, first.built)
+        if stage.grow is not None:
+            self.transitions[0] = transitions.plan(stage, config, built)
+        else:
+            params = (built[0].abstract_state['params'], built[1].abstract_state['params'])
+            sources.check_model(source, (config['model'], stage.config['model']), params)
 
     @property
     def built(self) -> models.Built:
@@ -212,6 +243,33 @@ class Runtime:
             )
         return self._initialisers[index]
 
+    def source_state(self) -> dict[str, Any]:
+        """Returns the first state of the source's model, with its weights.
+
+        Raises:
+          CheckpointError: the checkpoint is damaged, or its optimizer kept another state.
+        """
+        source, model, theirs = self.source, self.source_model, self._of_source
+        assert source is not None
+        restored = Checkpointer(source.folder / 'checkpoints').restore(
+            lambda found: theirs.abstract_sharded(theirs.stage_of(found)), source.step
+        )
+        index, state = theirs.stage_of(restored.manifest), restored.state
+        if source.keeps_optimizer:
+            what = f"{source.where}: the optimizer's state of {source.folder}"
+            optimizer = trees.strict(model.abstract['optimizer'], state['optimizer'], what)
+            params = state['params']
+        else:
+            params, optimizer = theirs.eval_params(state, index, source.progress), None
+        make = functools.partial(
+            state_lib.with_arrays,
+            optimizer=self._optimizer(self.stages[0], model.built),
+            loss_scale=self.precision.loss_scale,
+            ema=bool(self.config['ema']),
+            like=model.abstract,
+        )
+        return jax.jit(make, out_shardings=model.shardings)(params, state['buffers'], optimizer)
+
     def stage_of(self, manifest: Mapping[str, Any]) -> int:
         """Returns the index of the stage that a checkpoint's state belongs to."""
         return min(int(manifest['stage']), len(self.stages) - 1)
@@ -222,7 +280,8 @@ class Runtime:
 
     def transition(self, stage: Stage) -> tuple[Any, StepCost]:
         """Returns (compiled `state -> state` of a stage that grows its model, what it costs)."""
-        before, after = self.models[stage.index - 1], self.models[stage.index]
+        before = self.models[stage.index - 1] if stage.index else self.source_model
+        after = self.models[stage.index]
         return transitions.compile_transition(
             self.transitions[stage.index],
             self.optimizer(stage),

@@ -24,7 +24,7 @@ def check(config: Mapping[str, Any]) -> None:
     from effjax.models import MODELS
     from effjax.precision import PRECISIONS
     from effjax.tasks import TASKS
-    from effjax.training import OPTIMIZERS, SCHEDULES, schedules, stages, transitions
+    from effjax.training import OPTIMIZERS, SCHEDULES, schedules, sources, stages, transitions
 
     config = as_dict(config)
     lookup(MODELS, config['model']['kind'], 'model', 'config.model.kind')
@@ -38,6 +38,8 @@ def check(config: Mapping[str, Any]) -> None:
         schedules.build(stage.config['schedule'])
         if stage.grow is not None:
             transitions.operator(stage)
+        if stage.index == 0 and own['init_from']:
+            sources.check(own['init_from'], f'{where}.init_from', stage.unit)
     _check_evals(config)
     _check_model(config, task)
     _check_finish(config, task)

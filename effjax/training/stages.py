@@ -10,6 +10,8 @@ and `moments`, `counts` and `seed` as `effjax.growth.grow` takes them.
 
 A stage with `until={'slope': -0.05}` ends before its time once its loss falls no more steeply than
 that (`training.slope`); the next one begins there and ends where it was to end.
+
+The first stage may begin from another run's checkpoint, `init_from` (`training.sources`).
 """
 
 import dataclasses
@@ -93,6 +95,11 @@ def plan(config: Mapping[str, Any]) -> list[Stage]:
         changed = _apply(base, stage, i)
         name = stage.get('name', f'stage_{i}')
         grow = _grow(stage, i)
+        if out and 'init_from' in stage:
+            raise ConfigError(
+                f'{where}.init_from: only the first stage can begin from another run; in a later '
+                'one what this run has trained would be lost.'
+            )
         _check_growth(grow, changed, out[-1].config if out else None, i)
         own, until = 'schedule' in stage, None
         if 'until' in stage:
@@ -189,8 +196,11 @@ def _check_growth(
 ) -> None:
     where = f'config.stages.{index}'
     if before is None:
-        if grow is not None:
-            raise ConfigError(f'{where}.grow: no stage comes before it whose model could grow.')
+        if grow is not None and not config['init_from']:
+            raise ConfigError(
+                f'{where}.grow: no stage comes before it whose model could grow; name a run to '
+                'begin from in init_from.'
+            )
         return
     if grow is None and config['model'] != before['model']:
         raise ConfigError(
@@ -208,7 +218,9 @@ def _apply(base: dict[str, Any], stage: Mapping[str, Any], index: int) -> dict[s
     for key, value in stage.items():
         if key in STAGE_OWN:
             continue
-        if isinstance(base[key], dict):
+        if key == 'init_from':
+            out[key] = value
+        elif isinstance(base[key], dict):
             if key == 'model' and value.get('kind', base[key]['kind']) != base[key]['kind']:
                 raise ConfigError(
                     f'config.stages.{index}.model.kind: a stage may change the sizes of a '

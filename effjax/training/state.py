@@ -66,16 +66,50 @@ def initialiser(
 
     def init(key: jax.Array) -> State:
         _, arrays = models.split(built.make(nnx.Rngs(params=key)))
-        params = arrays['params']
-        return {
-            'params': params,
-            'buffers': arrays['buffers'],
-            'frozen': {},
-            'optimizer': optimizer.init(params),
-            'ema': ema_lib.init(params) if ema else {},
-            'loss_scale': loss_scale.init() if loss_scale else {},
-            'step': jnp.zeros((), jnp.int32),
-            'stage': jnp.zeros((), jnp.int32),
-        }
+        return _first(arrays['params'], arrays['buffers'], None, optimizer, loss_scale, ema)
 
     return init
+
+
+def with_arrays(
+    params: Any,
+    buffers: Any,
+    moments: Any,
+    *,
+    optimizer: Any,
+    loss_scale: Any,
+    ema: bool,
+    like: State,
+) -> State:
+    """Returns the first state of a run whose model has been trained before.
+
+    Args:
+      params: the model's.
+      buffers: the model's.
+      moments: the optimizer's state, None for a new one.
+      optimizer: see `effjax.training.optimizers`.
+      loss_scale: dynamic loss scaling, or None.
+      ema: whether a moving average of the parameters is kept.
+      like: shapes and dtypes of the state, to which arrays of another precision are brought.
+    """
+
+    def cast(tree: Any, shapes: Any) -> Any:
+        return jax.tree.map(lambda x, s: x.astype(s.dtype), tree, shapes)
+
+    params, buffers = cast(params, like['params']), cast(buffers, like['buffers'])
+    return _first(params, buffers, moments, optimizer, loss_scale, ema)
+
+
+def _first(
+    params: Any, buffers: Any, moments: Any, optimizer: Any, loss_scale: Any, ema: bool
+) -> State:
+    return {
+        'params': params,
+        'buffers': buffers,
+        'frozen': {},
+        'optimizer': optimizer.init(params) if moments is None else moments,
+        'ema': ema_lib.init(params) if ema else {},
+        'loss_scale': loss_scale.init() if loss_scale else {},
+        'step': jnp.zeros((), jnp.int32),
+        'stage': jnp.zeros((), jnp.int32),
+    }

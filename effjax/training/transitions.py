@@ -75,12 +75,12 @@ def operator(stage: Stage) -> growth.Operator:
         raise ConfigError(f'{where}: {e}') from e
 
 
-def plan(stage: Stage, before: Stage, built: tuple[Any, Any]) -> Transition:
+def plan(stage: Stage, before: Mapping[str, Any], built: tuple[Any, Any]) -> Transition:
     """Returns a stage's transition, checked as far as no array is needed.
 
     Args:
       stage: one with `grow`.
-      before: the stage before it.
+      before: the config of the stage, or run, that it grows.
       built: the models of both, as `models.build` returned them.
 
     Raises:
@@ -92,7 +92,7 @@ def plan(stage: Stage, before: Stage, built: tuple[Any, Any]) -> Transition:
     shared.setdefault('seed', (stage.config['seed'] * 1_000_003 + stage.index) % 2**31)
     chosen = operator(stage)
     try:
-        change = growth.plan(before.config, stage.config, chosen, built=built)
+        change = growth.plan(before, stage.config, chosen, built=built)
     except ConfigError as e:
         raise ConfigError(f'{stage.where}.grow: {e}') from e
     return Transition(stage, chosen, change, shared)
