@@ -148,8 +148,11 @@ def _obstacle(study: Study, facts: dict[str, Facts]) -> str:
         config = fact.resolved
         if any(size not in (-1, 1) for size in config['mesh'].values()):
             return f'arm {name!r}: batched runs share one device, but config.mesh spans several'
-        if config['stages']:
-            return f'arm {name!r}: batched runs have one stage, but config.stages is set'
+        blocks = [config, *config['stages']]
+        if any(block.get('init_from') for block in blocks):
+            return f'arm {name!r}: batched runs begin from fresh values, not from init_from'
+        if any(block.get('until') for block in blocks):
+            return f"arm {name!r}: until ends a stage by its own run's loss"
         if config['log']['wandb']:
             return f'arm {name!r}: config.log.wandb follows one run at a time'
     return ''

@@ -5,7 +5,9 @@ Small models leave an accelerator idle, and each run of a study compiles anew. H
 all. A lane's initial values, data order, learning rates and evaluations are those of a run by
 itself; its numbers agree with that run's up to the rounding of batched products. It is charged
 what that run is charged, in the same ledger, and leaves the same files, but for checkpoints: a
-group that is killed starts again.
+group that is killed starts again. Lanes go through the stages of their config together, a compiled
+step each; where a stage grows the model, each lane is grown by the very program, with its own
+seed, that grows it by itself.
 
 What lanes share is divided: seconds and joules, in rows and summaries, are a lane's part of what
 passed while it was alive. Memory is not: the state is as many times as large as there are lanes,
@@ -19,6 +21,7 @@ makes of it has not been measured.
 """
 
 import functools
+import operator
 import pathlib
 import shutil
 import time
@@ -34,11 +37,11 @@ from effjax import data, parallel
 from effjax.core.config import as_dict, check_form, extent
 from effjax.core.errors import ConfigError
 from effjax.core.signals import Stop
-from effjax.costs import Clock, EnergyMeter, Ledger
+from effjax.costs import Clock, EnergyMeter, Ledger, StepCost
 from effjax.data.packing import Batch, Position
 from effjax.data.sampler import RowIndex, Sampler
 from effjax.kernels.choice import platform
-from effjax.training import evaluate, finish, resume, schedules, setup
+from effjax.training import evaluate, finish, resume, schedules, setup, transitions
 from effjax.training import loop as loop_lib
 from effjax.training.compiled import CompiledStep, with_lanes
 from effjax.training.files import write_json_atomic
@@ -89,7 +92,8 @@ def check_batchable(configs: Sequence[Mapping[str, Any]]) -> None:
 
     Raises:
       ConfigError: a config that cannot run; configs that differ elsewhere than in `VARYING`;
-        a mesh of several devices, several stages, a budget in seconds or joules, or wandb.
+        a mesh of several devices, a stage with `until`, `init_from`, a budget in seconds or
+        joules, or wandb.
     """
     if not configs:
         raise ConfigError('batched runs need at least one config.')
@@ -105,18 +109,7 @@ def check_batchable(configs: Sequence[Mapping[str, Any]]) -> None:
             f'batched runs share one device, but config.mesh spans {count}; set every axis of '
             'config.mesh to 1, or train the runs one by one.'
         )
-    stages = len(plan(first))
-    if stages > 1:
-        raise ConfigError(
-            f'batched runs have one stage, but config.stages has {stages}; train the runs one by '
-            'one.'
-        )
-    for stage in plan(first):
-        if stage.until is not None:
-            raise ConfigError(
-                f"{stage.where}.until ends a stage by its own run's loss, but batched runs go from "
-                'stage to stage together; leave it out, or train the runs one by one.'
-            )
+    _check_stages(plan(first))
     unit, _ = extent(first)
     if unit in ('seconds', 'joules'):
         raise ConfigError(
@@ -128,6 +121,20 @@ def check_batchable(configs: Sequence[Mapping[str, Any]]) -> None:
             "config.log.wandb follows one run at a time; set it to '', or train the runs one by "
             'one.'
         )
+
+
+def _check_stages(stages: Sequence[Stage]) -> None:
+    if stages[0].config['init_from']:
+        raise ConfigError(
+            f'batched runs begin from fresh values, but {stages[0].where}.init_from names a run; '
+            'train the runs one by one.'
+        )
+    for stage in stages:
+        if stage.until is not None:
+            raise ConfigError(
+                f"{stage.where}.until ends a stage by its own run's loss, but batched runs go from "
+                'stage to stage together; leave it out, or train the runs one by one.'
+            )
 
 
 def _check_alike(first: Mapping[str, Any], other: Mapping[str, Any], index: int) -> None:
@@ -151,7 +158,7 @@ class LaneRuntime(Runtime):
 
     Attributes:
       configs: the resolved config of each lane.
-      plans: the only stage of each lane.
+      plans: the stages of each lane, which differ in seed and schedule.
     """
 
     def __init__(self, configs: Sequence[Mapping[str, Any]]):
@@ -160,7 +167,7 @@ class LaneRuntime(Runtime):
         own = [{key: as_dict(config)[key] for key in VARYING} for config in configs]
         self.stages = plan(self._resolved)  # reference time is that of a run by itself
         self.configs = [{**self.config, **values} for values in own]
-        self.plans = [plan(config)[0] for config in self.configs]
+        self.plans = [plan(config) for config in self.configs]
         self._whole = parallel.replicated(self.mesh)  # one device: nothing is divided
 
     def _open_data(self, plain: dict[str, Any]) -> dict[str, Any]:
@@ -179,18 +186,22 @@ class LaneRuntime(Runtime):
         return config
 
     def _has_documents(self, config: Mapping[str, Any]) -> bool:
-        batch, length = config['batch_size'], config['seq_len']
-        sampler = self.dataset.train(batch, length, config['seed'])
-        return 'segment_ids' in sampler.batch(sampler.initial(), slice(0, 1))
+        def has(stage: Stage) -> bool:
+            sampler = Runtime.sampler(self, stage)
+            return 'segment_ids' in sampler.batch(sampler.initial(), slice(0, 1))
+
+        return any(map(has, plan(config)))
 
     def initial_state(self, index: int = 0) -> dict[str, Any]:
         """Makes each lane's first state as a run by itself does, bit by bit, and stacks them."""
-        states = [self._first_state(config, index) for config in self.configs]
-        stack = jax.jit(
+        return self._stack(*(self._first_state(config, index) for config in self.configs))
+
+    @functools.cached_property
+    def _stack(self) -> Any:
+        return jax.jit(
             lambda *lanes: jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes),
             out_shardings=self._whole,
         )
-        return stack(*states)
 
     def abstract_sharded(self, index: int = -1) -> dict[str, Any]:
         """Returns the state's shapes with lanes and shardings."""
@@ -199,11 +210,41 @@ class LaneRuntime(Runtime):
             with_lanes(self.models[index].abstract, self.lanes),
         )
 
+    def transition(self, stage: Stage) -> tuple[Any, StepCost]:
+        """Returns (compiled `state -> state` of all lanes, what it costs each of them).
+
+        A lane is grown by itself, since operators draw on the host, where `vmap` does not reach;
+        lanes that draw from one seed share a program.
+        """
+        models = self.models[stage.index - 1], self.models[stage.index]
+        programs: dict[int, tuple[Any, StepCost]] = {}
+        seeds = []
+        for own in self.plans:
+            before, after = own[stage.index - 1 : stage.index + 1]
+            planned = transitions.plan(after, before.config, (models[0].built, models[1].built))
+            seeds.append(planned.shared['seed'])
+            if seeds[-1] not in programs:
+                programs[seeds[-1]] = self._compile_transition(stage, planned)
+        split = jax.jit(
+            lambda state: [jax.tree.map(operator.itemgetter(i), state) for i in range(self.lanes)],
+            out_shardings=[models[0].shardings] * self.lanes,
+        )
+        apart = split.lower(self.abstract_sharded(stage.index - 1)).compile()
+        together = self._stack.lower(*[models[1].abstract_sharded()] * self.lanes).compile()
+
+        def grow(state: Any) -> Any:
+            lanes = zip(seeds, apart(state), strict=True)
+            return together(*(programs[seed][0](lane) for seed, lane in lanes))
+
+        # A seed decides what is drawn, not how much: the cost is the same in all lanes.
+        return grow, programs[seeds[0]][1]
+
     def sampler(self, stage: Stage) -> '_Samplers':
         """Returns the lanes' samplers as one."""
         make = super().sampler
-        seeds = [own.config['seed'] for own in self.plans]
-        by_seed = {own.config['seed']: own for own in self.plans}
+        stages = [own[stage.index] for own in self.plans]
+        seeds = [own.config['seed'] for own in stages]
+        by_seed = dict(zip(seeds, stages, strict=True))
         return _Samplers({seed: make(own) for seed, own in by_seed.items()}, seeds)
 
     def loader(self, stage: Stage, position: dict[str, Any] | None) -> Any:
@@ -221,15 +262,14 @@ class LaneRuntime(Runtime):
         self, state: Mapping[str, Any], index: int = -1, progress: tuple[float, float] = DONE
     ) -> Any:
         """Returns the parameters to judge, of every lane."""
-        del index  # one stage
-        return self._judge(state, np.array(progress, np.float32))
+        key = self.models.index(self.models[index])
+        if key not in self._eval_params:
+            choose = jax.vmap(functools.partial(self._judged, index), in_axes=(0, None))
+            self._eval_params[key] = jax.jit(choose, out_shardings=self._whole)
+        return self._eval_params[key](state, np.array(progress, np.float32))
 
-    @functools.cached_property
-    def _judge(self) -> Any:
-        def judged(state: Mapping[str, Any], progress: jax.Array) -> Any:
-            return self.raw_eval_params(state, progress=progress)
-
-        return jax.jit(jax.vmap(judged, in_axes=(0, None)), out_shardings=self._whole)
+    def _judged(self, index: int, state: Mapping[str, Any], progress: jax.Array) -> Any:
+        return self.raw_eval_params(state, index, progress)
 
 
 class _Samplers:
@@ -275,7 +315,6 @@ class Lane:
         self.index, self.workdir = index, workdir
         self.runtime = group.runtime
         self.config = self.runtime.configs[index]
-        self.schedule = schedules.build(self.runtime.plans[index].config['schedule'])
         self.ledger = Ledger()
         self.results: dict[str, dict[str, float]] = {}
         self.row: dict[str, Any] | None = None
@@ -298,7 +337,8 @@ class Lane:
         saved = self._group.clock.to_dict()
         self.clock = Clock.from_dict(saved, devices=devices, now=lambda: 0.0)
         self.energy = types.SimpleNamespace(joules=lambda: joules)
-        self.memory, self.warnings = self._group.memory, self._group.warnings
+        # A copy: the stages that the others still have are not this lane's.
+        self.memory, self.warnings = dict(self._group.memory), self._group.warnings
         self.compiler_options, self.kernels = self._group.compiler_options, self._group.kernels
 
     def write_row(self) -> None:
@@ -344,7 +384,6 @@ class Group(loop_lib.Trainer):
 
     def run(self) -> str | None:
         """Trains all lanes to the end or to a signal, whose name it returns."""
-        stage = self.runtime.stages[0]
         with (
             parallel.mesh_context(self.runtime.mesh, self.runtime.rules),
             Stop() as self.stop,
@@ -352,10 +391,7 @@ class Group(loop_lib.Trainer):
             self._open_outputs()
             try:
                 self.state = self.runtime.initial_state()
-                self._run_stage(stage)
-                if not self._stopping():
-                    self._evaluate(self.runtime.evaluations(stage))
-                self._write_row()
+                self._run_stages()
             finally:
                 self._close()
         for lane in self.alive:
@@ -384,8 +420,14 @@ class Group(loop_lib.Trainer):
     # ---- what a lane adds to the loop ------------------------------------------------------
 
     def _schedule(self, stage: Stage) -> Callable[[float], Any]:
-        made = [lane.schedule for lane in self.lanes]
+        stages = [own[stage.index] for own in self.runtime.plans]
+        made = [schedules.build(own.config['schedule']) for own in stages]
         return lambda progress: [schedule(progress) for schedule in made]
+
+    def _charge_growth(self, cost: StepCost, stage: Stage) -> None:
+        super()._charge_growth(cost, stage)  # the group's ledger decides how far all have come
+        for lane in self.alive:
+            lane.ledger.add_forward(cost, purpose=transitions.PURPOSE, stage=stage.name)
 
     def _stopping(self) -> bool:
         return super()._stopping() or not self.alive
@@ -435,7 +477,7 @@ class Group(loop_lib.Trainer):
         runtime = self.runtime
         for evaluation in due:
             with self.clock('compile'):
-                step = runtime.compile_eval(evaluation)
+                step = runtime.compile_eval(evaluation, self.stage)
             with self.clock('eval'):
                 arrays = self.judged()
                 sums = evaluate.add_up(
@@ -448,12 +490,14 @@ class Group(loop_lib.Trainer):
                 )
             if sums is None:
                 return
+            self.evaluated[evaluation.name] = self.ledger.steps
             for lane in self.alive:
                 own = {name: value[lane.index] for name, value in sums.items()}
                 self._judge(lane, evaluation, evaluate.metrics(evaluation, own, runtime.task))
 
     def _judge(self, lane: Lane, evaluation: evaluate.Evaluation, result: dict[str, float]) -> None:
-        lane.ledger.add_forward(self.runtime.eval_cost(evaluation), purpose='eval')
+        cost = self.runtime.eval_cost(evaluation, self.stage)
+        lane.ledger.add_forward(cost, purpose='eval')
         lane.results[evaluation.name] = result
         if lane.row is not None:
             lane.row.setdefault('eval', {})[evaluation.name] = result

@@ -22,7 +22,7 @@ import numpy as np
 from effjax import parallel
 from effjax.core.errors import CheckpointError, ConfigError, TrainingError
 from effjax.core.signals import Stop
-from effjax.costs import Clock, EnergyMeter, Ledger, meters
+from effjax.costs import Clock, EnergyMeter, Ledger, StepCost, meters
 from effjax.kernels import choices
 from effjax.training import evaluate, resume, schedules
 from effjax.training.checkpoints import Checkpointer
@@ -128,19 +128,23 @@ class Trainer:
             try:
                 self.state = restored or self._first_state()
                 self._evaluate_left()
-                for stage in self.runtime.stages:
-                    self._run_stage(stage)
-                    if self._stopping():
-                        break
-                else:
-                    last = self.runtime.evaluations(stage)
-                    steps = self.ledger.steps
-                    self._evaluate([e for e in last if self.evaluated.get(e.name) != steps])
-                self._write_row()
+                self._run_stages()
                 self._save(block=True)
             finally:
                 self._close()
         return self.stopped_by
+
+    def _run_stages(self) -> None:
+        """Trains through all stages, and judges the model that they end with."""
+        for stage in self.runtime.stages:
+            self._run_stage(stage)
+            if self._stopping():
+                break
+        else:
+            last = self.runtime.evaluations(stage)
+            steps = self.ledger.steps
+            self._evaluate([e for e in last if self.evaluated.get(e.name) != steps])
+        self._write_row()
 
     def _first_state(self) -> dict[str, Any]:
         """Returns the state that the first stage begins with, another run's where it is to."""
@@ -196,7 +200,7 @@ class Trainer:
                 grow, cost = self.runtime.transition(stage)
             with self.clock('train'):  # what a transition computes is charged, its time too
                 self.state = jax.block_until_ready(grow(self.state))
-            self.ledger.add_forward(cost, purpose=PURPOSE, stage=stage.name)
+            self._charge_growth(cost, stage)
             self.evaluated = {}  # of another model
         self.stage = stage.index
         self.state['stage'] = jnp.full_like(self.state['stage'], stage.index)
@@ -208,6 +212,9 @@ class Trainer:
             how = self.runtime.transitions[stage.index].words
             grown = f': grown from {human(before)} to {human(after)} parameters by {how}'
         self._say(f'stage {stage.name}{grown}')
+
+    def _charge_growth(self, cost: StepCost, stage: Stage) -> None:
+        self.ledger.add_forward(cost, purpose=PURPOSE, stage=stage.name)
 
     def _as_started(self, stage: Stage) -> Stage:
         """Returns a stage with the start that it really had, which the one before decides."""

@@ -280,10 +280,15 @@ class Runtime:
 
     def transition(self, stage: Stage) -> tuple[Any, StepCost]:
         """Returns (compiled `state -> state` of a stage that grows its model, what it costs)."""
+        return self._compile_transition(stage, self.transitions[stage.index])
+
+    def _compile_transition(
+        self, stage: Stage, planned: transitions.Transition
+    ) -> tuple[Any, StepCost]:
         before = self.models[stage.index - 1] if stage.index else self.source_model
         after = self.models[stage.index]
         return transitions.compile_transition(
-            self.transitions[stage.index],
+            planned,
             self.optimizer(stage),
             before.abstract_sharded(),
             after.shardings,

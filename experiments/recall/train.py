@@ -57,7 +57,7 @@ class Lanes:
             self._rows = jax.device_put(dict(source.examples('train')[:]))
             self._held = self._padded(source.examples('valid')[:])
             self._seeds = np.array([c['seed'] for c in self.runtime.configs], np.uint32)
-            self._schedules = [schedules.build(p.config['schedule']) for p in self.runtime.plans]
+            self._schedules = [schedules.build(c['schedule']) for c in self.runtime.configs]
             self._epoch = self._compile()
         self.compile_seconds = time.monotonic() - started
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from effjax import report, train
+from effjax.core import trees
 from effjax.core.errors import CheckpointError, ConfigError
 from effjax.kernels import target
 from effjax.training import runtime as runtime_lib
@@ -25,6 +26,18 @@ TIMES = ('seconds', 'tokens_per_second')
 
 
 SMALL = ('model.layers=1', 'model.ffn.hidden=16')
+SMALL_MODEL = {
+    'width': 8, 'layers': 1, 'mixer': {'kind': 'attention', 'heads': 1},
+    'ffn': {'kind': 'swiglu', 'hidden': 16},
+}  # fmt: skip
+
+# One layer, two in other batches and with a schedule of its own, then twice the width.
+STAGES = (
+    {'name': 'one', 'model': SMALL_MODEL, 'steps': 2},
+    {'name': 'two', 'model': {**SMALL_MODEL, 'layers': 2}, 'grow': 'stack', 'steps': 2,
+     'batch_size': 4, 'seq_len': 16, 'schedule': {'final': 0.5}},
+    {'name': 'wide', 'grow': 'staged', 'steps': 2},
+)  # fmt: skip
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
@@ -109,6 +122,50 @@ def test_lanes_are_the_runs_they_would_be_alone(tiny, tmp_path, monkeypatch):
     assert times[-1] < times[0]
 
 
+def test_lanes_grow_as_the_runs_would_alone(tiny, tmp_path):
+    lanes = {
+        'zero': (),
+        'slow': ('seed=1', 'init_seed=5', 'schedule.peak=3e-3'),
+        'wild': ('schedule.peak=1e30',),
+    }
+    log = ('log.every_steps=1', 'evals.valid.every_steps=3', 'evals.valid.batches=1')
+    configs = [tiny(*log, *changes, stages=STAGES) for changes in lanes.values()]
+    out = run_batched(configs, [tmp_path / name for name in lanes], report.write)
+    for name, config in zip(('zero', 'slow'), configs, strict=False):
+        train.run(config, tmp_path / 'alone' / name)
+        assert_same_run(tmp_path / name, tmp_path / 'alone' / name)
+    found = rows(tmp_path / 'slow')
+    assert [row['stage'] for row in found] == [0, 0, 1, 1, 2, 2]
+    assert ['eval' in row for row in found] == [False, False, True, False, False, True]
+    assert out[0]['ledger']['forward']['growth'] > 0
+    assert out[0]['params'] == LaneRuntime(configs).models[2].params
+
+    # What ended in the first stage stays ended: no rows, charges or memory of later ones.
+    wild = out[-1]
+    assert not wild['complete'] and wild['final_step'] == rows(tmp_path / 'wild')[-1]['step'] == 2
+    assert list(wild['ledger']['stages']) == ['one'] and wild['ledger']['forward'] == {}
+    assert wild['memory']['compiled']['total'] < out[0]['memory']['compiled']['total']
+
+
+def test_each_lane_grows_with_its_own_seed(tiny):
+    configs = [tiny(f'seed={seed}', 'init_seed=7', stages=STAGES) for seed in (0, 1, 1)]
+
+    def grown(runtime: runtime_lib.Runtime) -> dict:
+        return runtime.transition(runtime.stages[2])[0](runtime.initial_state(1))
+
+    runtime = LaneRuntime(configs)
+    _, cost = runtime.transition(runtime.stages[2])
+    both = grown(runtime)
+    lanes = [jax.tree.map(operator.itemgetter(i), both) for i in range(3)]
+    for lane, config in zip(lanes[:2], configs, strict=False):
+        alone = runtime_lib.Runtime(config)
+        jax.tree.map(np.testing.assert_array_equal, lane, grown(alone))
+        assert alone.transition(alone.stages[2])[1] == cost
+    jax.tree.map(np.testing.assert_array_equal, lanes[1], lanes[2])
+    up = [trees.flatten(lane['params'])['body/segment_0/slot_0/ffn/up/kernel'] for lane in lanes]
+    assert not np.array_equal(up[0], up[1])
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize(
     'changes',
@@ -178,7 +235,6 @@ def test_documents_take_an_attention_that_can_be_batched(tiny):
         ([], ['optimizer.b1=0.8'], 'run 1 has another config.optimizer.b1 than run 0'),
         ([], ['steps=7'], 'run 1 has another config.steps than run 0'),
         (['mesh.data=1'], ['mesh.data=-1'], 'run 1 has another config.mesh.data than run 0'),
-        (["stages=({'share': 0.5}, {'share': 0.5})"], None, 'one stage, but config.stages has 2'),
         (['steps=0', 'budget=5s'], None, 'config.budget counts seconds, which batched runs share'),
         (['steps=0', 'budget=5J'], None, 'config.budget counts joules, which batched runs share'),
         (['log.wandb=there'], None, 'config.log.wandb follows one run at a time'),
