@@ -432,6 +432,21 @@ def test_an_arm_against_itself_differs_by_exactly_zero(flags, baseline, tmp_path
 
 
 @pytest.mark.ci
+def test_runs_of_a_growing_arm_share_a_step(flags, baseline, tmp_path, quick_compile):
+    narrow = {
+        'width': 8, 'mixer': {'kind': 'attention', 'heads': 1},
+        'ffn': {'kind': 'swiglu', 'hidden': 16},
+    }  # fmt: skip
+    stages = [{'share': 0.5, 'model': narrow}, {'share': 0.5, 'grow': 'staged'}]
+    argv = flags(f'--baseline={baseline}', '--change', f'stages={stages}')
+    found = run(argv, tmp_path)  # small enough to be batched unasked
+    assert [cell.environment['batched'] for cell in found.cells] == [2] * 4
+    assert all(c.status == 'done' and c.costs['steps'] == 40 for c in found.cells)
+    ledgers = [json.loads((tmp_path / c.workdir / 'summary.json').read_text()) for c in found.cells]
+    assert [list(s['ledger']['forward']) for s in ledgers] == [[], [], ['growth'], ['growth']]
+
+
+@pytest.mark.ci
 def test_a_planted_learning_rate_is_caught_by_tuning(flags, baseline, tmp_path, capsys):
     argv = [f'--baseline={baseline}:slow', '--change', 'schedule.peak=1e-2', '--seeds=3']
     argv = flags(*argv, '--batched=yes')

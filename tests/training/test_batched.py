@@ -34,10 +34,10 @@ SMALL_MODEL = {
 
 # One layer, two in other batches and with a schedule of its own, then twice the width.
 STAGES = (
-    {'name': 'one', 'model': SMALL_MODEL, 'steps': 2},
-    {'name': 'two', 'model': {**SMALL_MODEL, 'layers': 2}, 'grow': 'stack', 'steps': 2,
+    {'name': 'one', 'model': SMALL_MODEL, 'share': 0.2},
+    {'name': 'two', 'model': {**SMALL_MODEL, 'layers': 2}, 'grow': 'stack', 'share': 0.08,
      'batch_size': 4, 'seq_len': 16, 'schedule': {'final': 0.5}},
-    {'name': 'wide', 'grow': 'staged', 'steps': 2},
+    {'name': 'wide', 'grow': 'staged', 'share': 0.72},
 )  # fmt: skip
 
 
@@ -130,8 +130,9 @@ def test_lanes_grow_as_the_runs_would_alone(tiny, tmp_path, quick_compile):
         'slow': ('seed=1', 'init_seed=5', 'schedule.peak=3e-3'),
         'wild': ('schedule.peak=1e30',),
     }
-    log = ('log.every_steps=1', 'evals.valid.every_steps=3', 'evals.valid.batches=1')
-    configs = [tiny(*log, *changes, stages=STAGES) for changes in lanes.values()]
+    # Model FLOPs, in which growing counts too: two steps a stage.
+    same = ('steps=0', 'budget=43.5e6flops', 'evals.valid.every_steps=3', 'evals.valid.batches=1')
+    configs = [tiny(*same, *changes, stages=STAGES) for changes in lanes.values()]
     out = run_batched(configs, [tmp_path / name for name in lanes], report.write)
     train.run(configs[1], tmp_path / 'alone')
     assert_same_run(tmp_path / 'slow', tmp_path / 'alone')
@@ -149,7 +150,8 @@ def test_lanes_grow_as_the_runs_would_alone(tiny, tmp_path, quick_compile):
 
 
 def test_each_lane_grows_with_its_own_seed(tiny):
-    configs = [tiny(f'seed={seed}', 'init_seed=7', stages=STAGES) for seed in (0, 1, 1)]
+    same = ('steps=100', 'init_seed=7')
+    configs = [tiny(f'seed={seed}', *same, stages=STAGES) for seed in (0, 1, 1)]
 
     def grown(runtime: runtime_lib.Runtime) -> tuple[dict, StepCost]:
         grow, cost = runtime.transition(runtime.stages[2])
