@@ -225,6 +225,8 @@ def test_documents_take_an_attention_that_can_be_batched(tiny):
 
     assert attention() == 'xla'
     assert attention('data.packing=stream') is None
+    later = "stages=({'share': 0.5}, {'share': 0.5, 'data': {'packing': 'pack'}})"
+    assert attention('data.packing=stream', later) == 'xla'
     assert LaneRuntime([tiny()]).config['execution']['attention'] is None
     with pytest.raises(ConfigError, match="'cudnn' cannot keep documents apart in batched runs"):
         LaneRuntime([tiny('execution.attention=cudnn')])
