@@ -367,6 +367,21 @@ def test_a_budget_that_only_running_tells_is_checked_by_the_probes(study, axis):
         preflight.reach(timed, facts, [slow])
 
 
+def test_stages_are_batched_unless_each_run_has_its_own(study):
+    def batched(batched=None, **config) -> bool:
+        facts = {'base': dataclasses.replace(FACTS, resolved={**RESOLVED, **config})}
+        return preflight.batched(dataclasses.replace(study, batched=batched), facts)
+
+    assert batched(stages=[{'share': 0.5}, {'share': 0.5, 'grow': 'stack'}])
+    until = [{'share': 0.5, 'until': {'slope': -0.1}}, {'share': 0.5}]
+    source = {'run': 'there', 'charge': False}
+    assert not batched(stages=until) and not batched(init_from=source)
+    with pytest.raises(StudyError, match="'base': until ends a stage by its own run's loss; use"):
+        batched(True, stages=until)
+    with pytest.raises(StudyError, match='begin from fresh values, not from init_from; use'):
+        batched(True, stages=[{'share': 1.0, 'init_from': source}])
+
+
 def test_too_small_a_budget_in_seconds_stops_after_the_probes(
     study, trained, tmp_path, monkeypatch
 ):

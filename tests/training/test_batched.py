@@ -238,6 +238,12 @@ def test_documents_take_an_attention_that_can_be_batched(tiny):
         ([], ['optimizer.b1=0.8'], 'run 1 has another config.optimizer.b1 than run 0'),
         ([], ['steps=7'], 'run 1 has another config.steps than run 0'),
         (['mesh.data=1'], ['mesh.data=-1'], 'run 1 has another config.mesh.data than run 0'),
+        (["init_from={'run': 'there', 'charge': False}"], None, 'config.init_from names a run'),
+        (
+            ["stages=({'share': 0.5, 'until': {'slope': -0.1}}, {'share': 0.5})"],
+            None,
+            "config.stages.0.until ends a stage by its own run's loss",
+        ),
         (['steps=0', 'budget=5s'], None, 'config.budget counts seconds, which batched runs share'),
         (['steps=0', 'budget=5J'], None, 'config.budget counts joules, which batched runs share'),
         (['log.wandb=there'], None, 'config.log.wandb follows one run at a time'),
