@@ -73,7 +73,7 @@ class Runtime:
       stages: the run's stages.
       task: the objective.
       precision: dtypes and loss scaling.
-      models: the model of each stage; stages whose models are equal share one.
+      models: the model of each stage; stages whose models and views are equal share one.
       transitions: stage's index -> the growth that leads to it.
       lanes: runs that one step trains at once (`training.batched`); 0 without such an axis.
 
@@ -115,6 +115,17 @@ class Runtime:
             for stage in self.stages
             if stage.grow is not None
         }
+        self._show_views()
+
+    def _show_views(self) -> None:
+        """Gives the models of stages that let growth in by and by their view of the parameters.
+
+        A stage without growth behind such a one has the same model, but no view: it sees it all.
+        """
+        for index, transition in self.transitions.items():
+            view = transition.view
+            if view is not None:
+                self.models[index] = dataclasses.replace(self.models[index], view=view)
 
     def _make_models(self) -> list[StageModel]:
         """Builds the stages' models, each for the longest rows that any stage will ask for."""
