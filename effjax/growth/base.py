@@ -1,7 +1,7 @@
 """The contract of a growth operator."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -11,6 +11,9 @@ from effjax.growth.change import Change, LeafChange
 # that an optimizer has already brought to size.
 Kind = Literal['value', 'first', 'second', 'step']
 Rule = Callable[[LeafChange, jax.Array, Kind], jax.Array]
+# What a model is given of its parameters: `view(params, frozen, progress) -> params`, pure and
+# differentiable in the first; `progress` is [2], the shares of the run and of the stage done.
+View = Callable[[Any, Any, jax.Array], Any]
 
 
 class Operator:
@@ -20,7 +23,8 @@ class Operator:
     returns the rule for one array. Rules are pure, may be traced, and compute at least in float32.
 
     Attributes:
-      preserves_function: the large model computes what the small one did, exactly.
+      preserves_function: the large model computes what the small one did, exactly; given `view`,
+        where there is one, at the start of its stage.
       breaks_symmetry: units that are copies of each other do not stay so in training.
       moments: what becomes of the optimizer's state unless told otherwise: 'grow' or 'reset'.
     """
@@ -43,3 +47,15 @@ class Operator:
           ConfigError: the operator cannot do this change; the sentence says what can.
         """
         raise NotImplementedError
+
+    def view(self, change: Change) -> View | None:
+        """Returns what the large model is given of its parameters in the stage that it begins.
+
+        Args:
+          change: one that has been planned.
+
+        Returns:
+          None where the model is given them all, from the first step on.
+        """
+        del change
+        return None

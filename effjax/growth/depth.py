@@ -136,61 +136,75 @@ class Identity(Depth):
     preserves_function = True
 
     def __init__(self, *, placement: Literal['alternate', 'end', 'start'] = 'alternate'):
-        if placement not in ('alternate', 'end', 'start'):
-            raise ConfigError(
-                f"'identity' places new blocks by 'alternate', 'end' or 'start', not {placement!r}."
-            )
+        check_placement(self.name, placement)
         self.placement = placement
 
     def bind(self, change: Change, seed: int) -> Rule:
         """See `Operator.bind`."""
         for slot in change.slots.values():
             if slot.old != slot.new:
-                _can_be_silent(slot, change)
+                can_be_silent(self.name, slot, change)
         return super().bind(change, seed)
 
     def sources(self, slot: Slot) -> np.ndarray:
-        return self._placed(slot)[0]
+        return placed(slot, self.placement)[0]
 
     def fill(self, change: Change, leaf: LeafChange, x: jax.Array, kind: Kind) -> jax.Array:
-        if kind == 'second' or not _is_output(change, leaf.name):
+        if kind == 'second' or not is_output(change, leaf.name):
             return x
-        fresh = self._placed(change.slots[leaf.slot])[1]
+        fresh = placed(change.slots[leaf.slot], self.placement)[1]
         return jnp.where(fresh.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros((), x.dtype), x)
 
-    def _placed(self, slot: Slot) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (sources, which blocks are new)."""
-        old, more = slot.old, slot.new - slot.old
-        if self.placement == 'alternate':
-            sources = np.arange(slot.new) * old // slot.new
-            return sources, np.concatenate([[False], sources[1:] == sources[:-1]])
-        kept, fresh = np.arange(old), np.arange(more) % old
-        flags = [np.zeros(old, bool), np.ones(more, bool)]
-        if self.placement == 'start':
-            return np.concatenate([fresh, kept]), np.concatenate(flags[::-1])
-        last = np.arange(-more, 0) % old
-        return np.concatenate([kept, last]), np.concatenate(flags)
+
+def check_placement(name: str, placement: str) -> None:
+    """Checks the name of a place for new blocks.
+
+    Raises:
+      ConfigError: an unknown one.
+    """
+    if placement not in ('alternate', 'end', 'start'):
+        raise ConfigError(
+            f"{name!r} places new blocks by 'alternate', 'end' or 'start', not {placement!r}."
+        )
 
 
-def _is_output(change: Change, name: str) -> bool:
+def placed(slot: Slot, placement: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (which old block each block of a slot copies, which blocks are new)."""
+    old, more = slot.old, slot.new - slot.old
+    if placement == 'alternate':
+        sources = np.arange(slot.new) * old // slot.new
+        return sources, np.concatenate([[False], sources[1:] == sources[:-1]])
+    kept, fresh = np.arange(old), np.arange(more) % old
+    flags = [np.zeros(old, bool), np.ones(more, bool)]
+    if placement == 'start':
+        return np.concatenate([fresh, kept]), np.concatenate(flags[::-1])
+    last = np.arange(-more, 0) % old
+    return np.concatenate([kept, last]), np.concatenate(flags)
+
+
+def is_output(change: Change, name: str) -> bool:
     """Says whether a leaf belongs to a product whose zeros silence its part."""
     keys = name.split('/')
     part, inner = change.parts.get('/'.join(keys[:4])), '/'.join(keys[4:])
     return part is not None and any(inner.startswith(f'{out}/') for out in part.spec.outputs)
 
 
-def _can_be_silent(slot: Slot, change: Change) -> None:
-    """Checks that a slot's block passes its input on where its parts add nothing."""
+def can_be_silent(name: str, slot: Slot, change: Change) -> None:
+    """Checks that a slot's block passes its input on where its parts add nothing.
+
+    Raises:
+      ConfigError: naming the block or the part that does not.
+    """
     kind = slot.block.label.split('(')[0]
     if kind not in ('sequential', 'parallel', 'reversible'):
         raise ConfigError(
-            f"'identity' needs blocks that add to the residual stream, and {kind!r} ones "
+            f'{name!r} needs blocks that add to the residual stream, and {kind!r} ones '
             f"({slot.path}) do not pass it on unchanged; use 'stack' or 'append'."
         )
     for part in change.parts.values():
         if part.path.startswith(f'{slot.path}/') and not getattr(part.spec, 'outputs', ()):
             raise ConfigError(
-                f"'identity' cannot silence the {part.kind} ({part.path}): its growth_spec names "
+                f'{name!r} cannot silence the {part.kind} ({part.path}): its growth_spec names '
                 "no product whose zeros make its result zero; use 'stack' or 'append'."
             )
 

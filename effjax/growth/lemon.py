@@ -48,7 +48,7 @@ class Lemon(Copying):
         mean = any(isinstance(norm, LayerNorm) for _, norm in change.norms.values())
         if mean and change.spaces['embed'][1] % change.spaces['embed'][0]:
             _check_filled_by_mean(change)
-        _check_eps(change)
+        check_eps(change, kept(*change.spaces['embed']), self.name)
         copies = self.copies(change, seed)
 
         def rule(leaf: LeafChange, x: jax.Array, kind: Kind) -> jax.Array:
@@ -109,25 +109,32 @@ def _filled(
     return jnp.where(last, fill, y)
 
 
-def _check_eps(change: Change) -> None:
-    """Checks that norms over a filled width have the eps that keeps them exact."""
-    share = kept(*change.spaces['embed'])
+def check_eps(change: Change, share: float, name: str) -> None:
+    """Checks that norms that see a share of the large width have the eps that keeps them exact.
+
+    Args:
+      change: from where to where.
+      share: of the width's variance that its norms still see.
+      name: of the operator, for the error.
+
+    Raises:
+      ConfigError: saying the eps.
+    """
     for path, (small, large) in change.norms.items():
         needed = small.eps * share
         if not math.isclose(large.eps, needed, rel_tol=1e-6):
             raise ConfigError(
-                f"'lemon' to this width needs config.model.norm.eps={needed!r} in the large config "
-                f'({share:.6g} of the small one), but the norm {path} has {large.eps!r}.'
+                f'{name!r} to this width needs config.model.norm.eps={needed!r} in the large '
+                f'config ({share:.6g} of the small one), but the norm {path} has {large.eps!r}.'
             )
 
 
-def _check_filled_by_mean(change: Change) -> None:
-    """Checks that filled units stay the mean of the others: all that enters the stream is linear.
+def not_linear(change: Change) -> str:
+    """Names what would not keep units at the mean of the others; '' if all that enters is linear.
 
-    Raises:
-      ConfigError: naming what stands in the way.
+    A unit whose weights are the mean of the other units' weights stays their mean as long as only
+    linear products and tables write to the residual stream.
     """
-    old, new = change.spaces['embed']
     model, found = change.models[1], ''
     for slot in change.slots.values():
         kind = slot.block.label.split('(')[0]
@@ -141,6 +148,17 @@ def _check_filled_by_mean(change: Change) -> None:
             found = f'config.model.{name}'
     if model.norm is None:
         found = 'a head that reads the stream without a norm (config.model.final_norm)'
+    return found
+
+
+def _check_filled_by_mean(change: Change) -> None:
+    """Checks that filled units stay the mean of the others.
+
+    Raises:
+      ConfigError: naming what stands in the way.
+    """
+    old, new = change.spaces['embed']
+    found = not_linear(change)
     if found:
         raise ConfigError(
             f"'lemon' fills a width that is no multiple ({old} to {new}) with the mean under "

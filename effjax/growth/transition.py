@@ -28,6 +28,7 @@ OPERATORS = {
     'lemon': 'effjax.growth.lemon:Lemon',
     'compound': 'effjax.growth.compound:Compound',
     'ligo': 'effjax.growth.ligo:Ligo',
+    'msg': 'effjax.growth.msg:Msg',
 }
 
 State = dict[str, Any]

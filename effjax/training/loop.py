@@ -202,7 +202,7 @@ class Trainer:
                 self.state = jax.block_until_ready(grow(self.state))
             self._charge_growth(cost, stage)
             self.evaluated = {}  # of another model
-        self.stage = stage.index
+        self.stage, self.progress = stage.index, (self.progress[0], 0.0)
         self.state['stage'] = jnp.full_like(self.state['stage'], stage.index)
         grown = ''
         if stage.grow is not None:

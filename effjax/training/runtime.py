@@ -75,7 +75,7 @@ class Runtime:
       stages: the run's stages.
       task: the objective.
       precision: dtypes and loss scaling.
-      models: the model of each stage; stages whose models are equal share one.
+      models: the model of each stage; stages whose models and views are equal share one.
       transitions: stage's index -> the growth that leads to it.
       source: the run that this one begins from, or None.
       source_model: that run's model, at this run's precision and with its optimizer.
@@ -124,6 +124,22 @@ class Runtime:
         self.source: sources.Source | None = None
         if with_source and self.stages[0].config['init_from']:
             self._open_source()
+        self._show_views()
+
+    def _show_views(self) -> None:
+        """Gives the models of stages that let growth in by and by their view of the parameters.
+
+        A stage without growth behind such a one has the same model, but no view: it sees it all.
+        """
+        for index, transition in self.transitions.items():
+            view, stage = transition.view, transition.stage
+            if view is not None and stage.until is not None:
+                raise ConfigError(
+                    f'{stage.where}.until would end the stage before {transition.operator.name!r} '
+                    'has let all of the growth in; give until to a stage behind it.'
+                )
+            if view is not None:
+                self.models[index] = dataclasses.replace(self.models[index], view=view)
 
     def _make_models(self) -> list[StageModel]:
         """Builds the stages' models, each for the longest rows that any stage will ask for."""

@@ -45,6 +45,11 @@ class Transition:
         )
 
     @property
+    def view(self) -> growth.View | None:
+        """What the model is given of its parameters in the stage, where not them all."""
+        return self.operator.view(self.change)
+
+    @property
     def words(self) -> str:
         """What it does, for reports: the operator and what it promises."""
         kept = 'keeps' if self.operator.preserves_function else 'does not keep'

@@ -186,6 +186,7 @@ def test_deterministic_in_the_seed(lab, operator):
         **dict.fromkeys(
             ('stack', 'interpolate', 'append', 'midas', 'identity'), lab.config_of(form, layers=4)
         ),
+        'msg': lab.config_of(form, ffn__hidden=24),
     }[operator]
     kw = {'noise': 0.1} if operator == 'net2net' else {}
     a, b, c = (
@@ -193,7 +194,7 @@ def test_deterministic_in_the_seed(lab, operator):
     )
     jax.tree.map(np.testing.assert_array_equal, a, b)
     same = all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a, c)))
-    assert same == (operator not in ('net2net', 'staged', 'lemon', 'ligo'))
+    assert same == (operator not in ('net2net', 'staged', 'lemon', 'ligo', 'msg'))
 
 
 # ---- layers ------------------------------------------------------------------------------------

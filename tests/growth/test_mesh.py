@@ -20,6 +20,7 @@ from effjax.training import state as state_lib
         ('staged', None, {}),
         ('lemon', None, {}),
         ('ligo', None, {'moments': 'reset'}),
+        ('msg', {'ffn__hidden': 16, 'layers': 4}, {}),
     ],
 )
 def test_same_result_on_a_mesh(lab, operator, sizes, kw):
