@@ -93,10 +93,11 @@ def _stages(runtime: Runtime) -> list[str]:
     for stage in runtime.stages:
         model = runtime.models[stage.index]
         flops = 3 * total(runtime.costs(stage).values()).model_flops
-        share = (stage.end - stage.start) / stage.total
+        share = f'{100 * (stage.end - stage.start) / stage.total:5.1f} % of the run'
+        lasts = f'{stage.limit:>5} steps' if stage.limit else share
         size = f'{stage.config["batch_size"]} x {stage.config["seq_len"]}'
         out.append(
-            f'  {stage.name:<24} {100 * share:5.1f} % of the run, {human(model.params)} '
+            f'  {stage.name:<24} {lasts}, {human(model.params)} '
             f'parameters, {human(flops, "FLOP")} a step of {size}'
         )
         if stage.grow is not None:

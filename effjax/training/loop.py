@@ -139,7 +139,9 @@ class Trainer:
         return self.stopped_by
 
     def _run_stage(self, stage: Stage) -> None:
-        if stage.index < self.stage or self._used(stage.unit) >= stage.end:
+        # Learned maps are used, even if learning them took all of their stage.
+        due = stage.maps == 'use' and self.stage == stage.index - 1
+        if stage.index < self.stage or (self._over(stage, self._used(stage.unit)) and not due):
             return  # resumed after its end
         for later in self.runtime.stages[self.stage + 1 : stage.index + 1]:
             self._enter(later)
@@ -172,9 +174,9 @@ class Trainer:
         self.state['stage'] = jnp.full_like(self.state['stage'], stage.index)
         grown = ''
         if stage.grow is not None:
-            before, after = (self.runtime.models[i].params for i in (stage.index - 1, stage.index))
-            how = self.runtime.transitions[stage.index].words
-            grown = f': grown from {human(before)} to {human(after)} parameters by {how}'
+            transition = self.runtime.transitions[stage.index]
+            before, after = map(human, transition.sizes)
+            grown = f': grown from {before} to {after} parameters by {transition.words}'
         self._say(f'stage {stage.name}{grown}')
 
     def _as_started(self, stage: Stage) -> Stage:
@@ -189,7 +191,7 @@ class Trainer:
         flying: collections.deque[_InFlight] = collections.deque()
         while not self._stopping():
             used, size = self._used(stage.unit), self._step_extent(stage, compiled)
-            if used + size / 2 >= stage.end:
+            if self._over(stage, used + size / 2):
                 break  # a run ends with the step that comes nearest to its budget
             lr = schedule(stage.progress(used + size / 2))
             self.progress = stage.shares(used + size)
@@ -299,6 +301,12 @@ class Trainer:
             # The one budget that no two machines agree on: process 0 decides for all.
             return float(parallel.broadcast(np.float64(self._seconds())))
         return float(getattr(self.ledger, unit) or 0.0)
+
+    def _over(self, stage: Stage, used: float) -> bool:
+        """Whether a stage ends where so much of the run's extent is used."""
+        if stage.limit:
+            return self.ledger.steps_of(stage.name) >= stage.limit
+        return used >= stage.end
 
     def _step_extent(self, stage: Stage, compiled: CompiledStep) -> float:
         if stage.unit == 'steps':
