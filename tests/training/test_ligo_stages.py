@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from effjax import generate, growth, parallel, train
+from effjax.core import config as config_lib
 from effjax.core import trees
 from effjax.core.errors import CheckpointError, ConfigError
 from effjax.costs.reference import shape_of
@@ -197,7 +198,7 @@ def test_a_phase_as_long_as_its_stage_still_leads_to_the_large_model(tiny, tmp_p
     small = Runtime(tiny(stages=STAGES))
     step = sum(cost.train_flops for cost in small.costs(small.stages[0]).values())
     config = tiny(
-        'log.every_steps=1', steps=0, budget=f'{3 * step:.0f}hardware_flops', evals={},
+        'log.every_steps=1', steps=0, budget=f'{3 * step:.0f}hwflops', evals={},
         stages=shares(0.6, {**LIGO, 'steps': 3}),
     )  # fmt: skip
     run = train.run(config, tmp_path)
@@ -221,24 +222,24 @@ def test_the_same_on_a_mesh(tiny, tmp_path):
 
 @pytest.mark.ci
 @pytest.mark.usefixtures('quick_compile')
-def test_a_vision_transformer(tiny, tmp_path):
-    """LiGO's other claim, DeiT-S to DeiT-B, at the size of the digits."""
-    vit = {
-        'kind': 'vit', 'patch': 4, 'width': 16, 'layers': 1,
-        'mixer': {'kind': 'attention', 'heads': 2}, 'ffn': {'kind': 'mlp', 'hidden': 32},
-    }  # fmt: skip
-    large = {**LARGE, 'ffn': {'kind': 'mlp', 'hidden': 64}}
-    learning = {
-        'data': {'kind': 'digits'}, 'task': {'kind': 'classification'}, 'model': vit, 'steps': 40,
-        'batch_size': 32, 'schedule': {'kind': 'constant', 'peak': 3e-3},
-        'stages': (
-            {'name': 'small', 'share': 0.25},
-            {'name': 'big', 'share': 0.75, 'model': large, 'grow': {**LIGO, 'steps': 20}},
-        ),
-    }  # fmt: skip
-    train.run(tiny('log.every_steps=1', **learning), tmp_path)
+def test_a_vision_transformer(repository, tmp_path):
+    """LiGO's other claim, DeiT-S to DeiT-B, at the size of the digits: 10, 20 and 10 steps."""
+    sizes = ('width=16', 'layers=1', 'mixer.heads=2')
+    config = config_lib.load(
+        str(repository / 'configs' / 'digits_vit.py'),
+        ['budget=1280examples', 'batch_size=32', 'log.progress=false', 'log.tensorboard=false',
+         'log.every_steps=1', 'evals.valid={}', *(f'model.{size}' for size in sizes)],
+    )  # fmt: skip
+    large = {'width': 32, 'layers': 2, 'mixer': {'kind': 'attention', 'heads': 4}}
+    config.stages = (
+        {'name': 'small', 'share': 0.25},
+        {'name': 'big', 'share': 0.75, 'model': large, 'grow': {**LIGO, 'steps': 20}},
+    )
+    run = train.run(config, tmp_path)
     found = [row['loss'] for row in rows(tmp_path) if row['stage'] == 1]
     assert len(found) == 20 and np.mean(found[-4:]) < np.mean(found[:4])
+    assert run.summary['ledger']['stages']['big:maps']['examples'] == 640
+    assert run.summary['eval']['valid']['examples'] == 385
 
 
 def test_dry_run_shows_the_phase(tiny):
