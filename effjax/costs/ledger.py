@@ -186,6 +186,10 @@ class Ledger:
         """Training steps done."""
         return self._sum('steps')
 
+    def steps_of(self, stage: str) -> int:
+        """Returns the training steps done in a stage."""
+        return self._stages[stage]['steps'] if stage in self._stages else 0
+
     @property
     def tokens(self) -> int:
         """Tokens trained on, charged sources included."""

@@ -74,6 +74,9 @@ def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     images = bool(config['model'].get('image_size'))
     blocks = {name: _timed(config[name], _FREE[name]) for name in _FREE}
+    if config.get('grown_from'):  # LiGO's maps are trained, and make the model of a small one
+        grown_from = _timed(config['grown_from'], _FREE['model'])
+        blocks['model'] = {**blocks['model'], 'grown_from': grown_from}
     if blocks['optimizer'].get('momentum'):
         del blocks['optimizer']['momentum']  # any but 0, which keeps no buffer
     return {

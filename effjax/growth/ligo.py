@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.core.errors import ConfigError
-from effjax.core.trees import differences, flatten
+from effjax.core.trees import differences, flatten, map_named
 from effjax.growth.base import Kind, Operator, Rule
 from effjax.growth.change import Change, LeafChange
 
@@ -27,9 +27,10 @@ class Ligo(Operator):
     Norms and biases go with the outputs. Maps act on heads and head dimension as one; with grouped
     queries the last projection reads by the map of queries.
 
-    A short phase of training learns the maps, the small weights frozen; this class makes the large
-    weights of given maps (`materialise` is differentiable), or of the initial ones. Does not
-    preserve the function, not even where 'sel' copies units: readers do not share.
+    A short phase of training learns the maps, the small weights frozen: in a run a stage of its own
+    (`training.learning`, the paper's 100 steps), elsewhere whoever gives `maps`. This class makes
+    the large weights of given maps (`materialise` is differentiable), or of the initial ones. Does
+    not preserve the function, not even where 'sel' copies units: readers do not share.
 
     The optimizer's state is not grown: `moments='reset'`.
 
@@ -66,8 +67,7 @@ class Ligo(Operator):
 
     def bind(self, change: Change, seed: int) -> Rule:
         """See `Operator.bind`."""
-        initial = self.init_maps(change, seed)
-        maps = initial if self.maps is None else _fitting(initial, self.maps)
+        maps = self.first_maps(change, seed)
 
         def rule(leaf: LeafChange, x: jax.Array, kind: Kind) -> jax.Array:
             if kind != 'value':
@@ -79,6 +79,16 @@ class Ligo(Operator):
 
         return rule
 
+    def first_maps(self, change: Change, seed: int) -> Maps:
+        """Returns the maps that were given, or else the initial ones.
+
+        Raises:
+          ConfigError: a change that they cannot make, or maps of another change.
+        """
+        if self.maps is None:
+            return self.init_maps(change, seed)
+        return _fitting(jax.eval_shape(lambda: self.init_maps(change, seed)), self.maps)
+
     def init_maps(self, change: Change, seed: int) -> Maps:
         """Returns the maps before learning, float32.
 
@@ -86,23 +96,22 @@ class Ligo(Operator):
           dict(depth={leaf: w [L', L]}, width={'embed': B [D' - D, D], 'PART:query': B [L', n' - n,
           n], ...}); only what grows has a map.
         """
-        depth, width = {}, {}
+        depth: dict[str, jax.Array] = {}
+        width: dict[str, jax.Array] = {}
         for name, leaf in change.leaves.items():
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
             if leaf.meta.stacked and leaf.old[0] != leaf.new[0]:
-                depth[name] = self._mix(leaf.old[0], leaf.new[0], leaf.slot, rng)
+                mix = self._mix(leaf.old[0], leaf.new[0], leaf.slot, rng)
+                depth[name] = jnp.asarray(mix, jnp.float32)
             for key, dims in _grown(change, leaf):
                 old, new = (
                     int(np.prod([shape[d] for d in dims])) for shape in (leaf.old, leaf.new)
                 )
                 if key not in width:
-                    rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
                     layers = () if key == 'embed' else (leaf.new[0],)
-                    width[key] = self._select(old, new, layers, rng)
-        return {
-            kind: {k: jnp.asarray(m, jnp.float32) for k, m in sorted(maps.items())}
-            for kind, maps in (('depth', depth), ('width', width))
-        }
+                    drawn = jax.random.fold_in(jax.random.key(seed), zlib.crc32(key.encode()))
+                    width[key] = self._select(old, new, layers, drawn)
+        return {'depth': dict(sorted(depth.items())), 'width': dict(sorted(width.items()))}
 
     def _mix(self, old: int, new: int, slot: str, rng: np.random.Generator) -> np.ndarray:
         if new % old:
@@ -117,15 +126,18 @@ class Ligo(Operator):
             w /= w.sum(1, keepdims=True)
         return w
 
-    def _select(
-        self, old: int, new: int, layers: tuple[int, ...], rng: np.random.Generator
-    ) -> np.ndarray:
+    def _select(self, old: int, new: int, layers: tuple[int, ...], key: jax.Array) -> jax.Array:
+        # By jax, since these are as large as weights: where it is traced, they are no constants.
         if self.width == 'sel':
-            return np.broadcast_to(
-                np.eye(old)[np.arange(old, new) % old], (*layers, new - old, old)
-            )
-        b = rng.uniform(0, 1, (*layers, new - old, old))
+            one_hot = jax.nn.one_hot(jnp.arange(old, new) % old, old, dtype=jnp.float32)
+            return jnp.broadcast_to(one_hot, (*layers, new - old, old))
+        b = jax.random.uniform(key, (*layers, new - old, old), jnp.float32)
         return b / b.sum(-1, keepdims=True)
+
+
+def grown(change: Change, params: Any, maps: Maps) -> Any:
+    """Returns the large model's parameters of the small one's, by maps."""
+    return map_named(lambda name, x: materialise(change, change.leaves[name], x, maps), params)
 
 
 def materialise(change: Change, leaf: LeafChange, x: jax.Array, maps: Maps) -> jax.Array:

@@ -221,7 +221,8 @@ class LaneRuntime(Runtime):
         seeds = []
         for own in self.plans:
             before, after = own[stage.index - 1 : stage.index + 1]
-            planned = transitions.plan(after, before.config, (models[0].built, models[1].built))
+            pair, learned = (models[0].built, models[1].built), self.transitions.get(before.index)
+            planned = transitions.plan(after, before.config, pair, learned)
             seeds.append(planned.shared['seed'])
             if seeds[-1] not in programs:
                 programs[seeds[-1]] = self._compile_transition(stage, planned)

@@ -94,10 +94,11 @@ def _stages(runtime: Runtime) -> list[str]:
     for stage in runtime.stages:
         model = runtime.models[stage.index]
         flops = 3 * total(runtime.costs(stage).values()).model_flops
-        share = (stage.end - stage.start) / stage.total
+        share = f'{100 * (stage.end - stage.start) / stage.total:5.1f} % of the run'
+        lasts = f'{stage.limit:>5} steps' if stage.limit else share
         size = f'{stage.config["batch_size"]} x {stage.config["seq_len"]}'
         out.append(
-            f'  {stage.name:<24} {100 * share:5.1f} % of the run, {human(model.params)} '
+            f'  {stage.name:<24} {lasts}, {human(model.params)} '
             f'parameters, {human(flops, "FLOP")} a step of {size}'
         )
         if stage.until is not None:
@@ -111,12 +112,12 @@ def _stages(runtime: Runtime) -> list[str]:
 
 def _source(runtime: Runtime) -> list[str]:
     """The run that this one begins from."""
-    source = runtime.source
-    if source is None:
+    source, model = runtime.source, runtime.source_model
+    if source is None or model is None:
         return []
     cost = f'{human(source.totals["model_flops"], "FLOP")} that are '
     cost += 'charged' if source.charge else 'free'
-    size = f'{human(runtime.source_model.params)} parameters'
+    size = f'{human(model.params)} parameters'
     out = ['', f'begins from step {source.step} of {source.folder}: {size}, {cost}']
     if len(runtime.stages) == 1 and 0 in runtime.transitions:
         out.append(f'    grown by {runtime.transitions[0].words}')

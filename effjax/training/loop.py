@@ -159,7 +159,9 @@ class Trainer:
         return self.state
 
     def _run_stage(self, stage: Stage) -> None:
-        if stage.index < self.stage or self._used(stage.unit) >= stage.end:
+        # Learned maps are used, even if learning them took all of their stage.
+        due = stage.maps == 'use' and self.stage == stage.index - 1
+        if stage.index < self.stage or (self._over(stage, self._used(stage.unit)) and not due):
             return  # resumed after its end
         if stage.index <= self.ended:
             return
@@ -206,11 +208,9 @@ class Trainer:
         self.state['stage'] = jnp.full_like(self.state['stage'], stage.index)
         grown = ''
         if stage.grow is not None:
-            small = self.runtime.models[stage.index - 1] if stage.index else None
-            before = (small or self.runtime.source_model).params
-            after = self.runtime.models[stage.index].params
-            how = self.runtime.transitions[stage.index].words
-            grown = f': grown from {human(before)} to {human(after)} parameters by {how}'
+            transition = self.runtime.transitions[stage.index]
+            before, after = map(human, transition.sizes)
+            grown = f': grown from {before} to {after} parameters by {transition.words}'
         self._say(f'stage {stage.name}{grown}')
 
     def _charge_growth(self, cost: StepCost, stage: Stage) -> None:
@@ -230,7 +230,7 @@ class Trainer:
             self.slope = LossSlope(stage.until['window'])
         while not self._stopping() and not self._flat(stage):
             used, size = self._used(stage.unit), self._step_extent(stage, compiled)
-            if used + size / 2 >= stage.end:
+            if self._over(stage, used + size / 2):
                 self.slope = None
                 break  # a run ends with the step that comes nearest to its budget
             lr = schedule(stage.progress(used + size / 2))
@@ -344,6 +344,12 @@ class Trainer:
             seconds = self._seconds() + self.ledger.source_seconds
             return float(parallel.broadcast(np.float64(seconds)))
         return float(getattr(self.ledger, unit) or 0.0)
+
+    def _over(self, stage: Stage, used: float) -> bool:
+        """Whether a stage ends where so much of the run's extent is used."""
+        if stage.limit:
+            return self.ledger.steps_of(stage.name) >= stage.limit
+        return used >= stage.end
 
     def _step_extent(self, stage: Stage, compiled: CompiledStep) -> float:
         if stage.unit == 'steps':

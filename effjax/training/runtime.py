@@ -15,15 +15,16 @@ import numpy as np
 from effjax import data, models, parallel, precision
 from effjax.core import trees
 from effjax.core.config import as_dict
+from effjax.core.cost import Cost
 from effjax.core.errors import ConfigError
 from effjax.costs import StepCost
 from effjax.costs.reference import reference_seconds
-from effjax.training import ema, evaluate, optimizers, setup, sources, transitions
+from effjax.training import ema, evaluate, learning, optimizers, setup, sources, transitions
 from effjax.training import state as state_lib
 from effjax.training import step as step_lib
 from effjax.training.checkpoints import Checkpointer
 from effjax.training.compiled import CompiledStep, compile_train
-from effjax.training.stages import Stage, plan
+from effjax.training.stages import Stage, check_learning, plan
 
 DONE = (1.0, 1.0)  # progress of the run and of the stage at their ends
 
@@ -37,12 +38,16 @@ class StageModel:
       abstract: shapes and dtypes of the train state.
       shardings: a sharding for each of its leaves.
       view: what the model is given of the state's parameters (`step.View`); None: them all.
+      meta: metadata of the state's parameters, where they are not the model's.
+      extra: what a view computes: part -> cost of a forward pass.
     """
 
     built: models.Built
     abstract: dict[str, Any]
     shardings: dict[str, Any]
     view: step_lib.View | None = None
+    meta: Any = None
+    extra: Mapping[str, Cost] = dataclasses.field(default_factory=dict)
 
     @property
     def params(self) -> int:
@@ -51,11 +56,17 @@ class StageModel:
 
     def abstract_sharded(self) -> dict[str, Any]:
         """Returns the state's shapes with shardings: what a restore needs."""
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            self.abstract,
-            self.shardings,
-        )
+        return _with_shardings(self.abstract, self.shardings)
+
+    def abstract_model(self) -> dict[str, Any]:
+        """Returns the shapes, with shardings, of the parameters and buffers it is given."""
+        return _with_shardings(self.built.abstract_state, self.built.shardings)
+
+
+def _with_shardings(abstract: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
 
 
 class Runtime:
@@ -109,22 +120,21 @@ class Runtime:
         self._sequence = self.task.data == 'text'
         self._evaluations = [self._plan_evaluations(s) for s in self.stages] if with_data else []
         self.precision = precision.build(self.config['precision'])
+        self.transitions: dict[int, transitions.Transition] = {}
+        self.source: sources.Source | None = None
+        self.source_model: StageModel | None = None
+        self._source_config: dict[str, Any] = {}
+        # The form of LiGO's maps depends on the small model, wherever a run goes on.
+        needed = with_source or self.stages[0].maps == 'learn'
+        if needed and self.stages[0].config['init_from']:
+            self._open_source()
         self.models = self._make_models()
         setup.check_sampling(self.config, self.built.model)
         self._check_optimizers()
-        self.transitions = {
-            stage.index: transitions.plan(
-                stage,
-                self.stages[stage.index - 1].config,
-                (self.models[stage.index - 1].built, self.models[stage.index].built),
-            )
-            for stage in self.stages[1:]
-            if stage.grow is not None
-        }
-        self.source: sources.Source | None = None
-        if with_source and self.stages[0].config['init_from']:
-            self._open_source()
+        self._check_learning()
         self._show_views()
+        if self.source is not None:
+            self._check_source(self.source)
 
     def _show_views(self) -> None:
         """Gives the models of stages that let growth in by and by their view of the parameters.
@@ -145,42 +155,83 @@ class Runtime:
         """Builds the stages' models, each for the longest rows that any stage will ask for."""
         out: list[StageModel] = []
         for stage in self.stages:
-            same = out and stage.grow is None
-            out.append(out[-1] if same else self._model(stage, stage.config['model']))
+            if out and stage.grow is None:
+                out.append(out[-1])
+                continue
+            built = self._build(stage.config['model'])
+            before, config = self.source_model, self._source_config
+            if out:
+                before, config = out[-1], self.stages[stage.index - 1].config
+            if stage.grow is not None and before is not None:
+                pair, learned = (before.built, built), self.transitions.get(stage.index - 1)
+                self.transitions[stage.index] = transitions.plan(stage, config, pair, learned)
+            if stage.maps == 'learn':
+                assert before is not None
+                out.append(self._make_learning(stage, built, before))
+            else:
+                out.append(StageModel(built, *self._make_state(stage, built)))
         return out
 
-    def _model(self, stage: Stage, block: Mapping[str, Any]) -> StageModel:
-        """Returns the model of a block, with the state that a stage keeps of it."""
-        built = models.build(
-            {**self.config, 'model': block, 'seq_len': self._record}, mesh=self.mesh
-        )
-        optimizer = self._optimizer(stage, built)
-        abstract = state_lib.abstract(
-            built, optimizer, self.precision.loss_scale, bool(self.config['ema'])
-        )
-        return StageModel(
-            built, abstract, state_lib.shardings(built, optimizer, abstract, self.mesh)
-        )
+    def _build(self, block: Mapping[str, Any]) -> models.Built:
+        longest = {**self.config, 'model': block, 'seq_len': self._record}
+        return models.build(longest, mesh=self.mesh)
 
     def _open_source(self) -> None:
-        """Reads what the run that this one begins from says of itself, and checks that it fits."""
-        stage, first = self.stages[0], self.models[0]
+        """Reads what the run that this one begins from says of itself."""
+        stage = self.stages[0]
         where = f'{stage.where}.init_from'
         source = sources.read(stage.config['init_from'], where, self.config['seed'])
         shared = {key: self.config[key] for key in ('mesh', 'sharding')}
         self._of_source = Runtime({**source.config, **shared}, with_data=False, with_source=False)
         theirs = self._of_source.stages[self._of_source.stage_of(source.manifest)]
-        config = {**stage.config, 'model': theirs.config['model']}
-        self.source, self.source_model = source, self._model(stage, config['model'])
+        self._source_config = {**stage.config, 'model': theirs.config['model']}
+        built = self._build(theirs.config['model'])
+        self.source = source
+        self.source_model = StageModel(built, *self._make_state(self._first_kept(), built))
+
+    def _first_kept(self) -> Stage:
+        """Returns the first stage with the run's optimizer, which one that learns maps has not."""
+        return next(stage for stage in self.stages if stage.maps != 'learn')
+
+    def _check_source(self, source: sources.Source) -> None:
+        """Checks that the run that this one begins from fits it."""
+        stage, first = self.stages[0], self.models[0]
         sources.check_charge(source, stage.unit, stage.end)
         if self._evaluations and self.task.data == 'text':
             sources.check_tokenizer(source, self.dataset.info.tokenizer.digest)
-        built = (self.source_model.built, first.built)
-        if stage.grow is not None:
-            self.transitions[0] = transitions.plan(stage, config, built)
-        else:
+        if stage.grow is None:
+            assert self.source_model is not None
+            blocks = (self._source_config['model'], stage.config['model'])
+            built = (self.source_model.built, first.built)
             params = (built[0].abstract_state['params'], built[1].abstract_state['params'])
-            sources.check_model(source, (config['model'], stage.config['model']), params)
+            sources.check_model(source, blocks, params)
+
+    def _make_state(self, stage: Stage, built: models.Built) -> tuple[Any, Any]:
+        """Returns shapes and shardings of the train state of a model."""
+        optimizer = self._optimizer(stage, built.meta['params'])
+        average = bool(stage.config['ema'])
+        abstract = state_lib.abstract(built, optimizer, self.precision.loss_scale, average)
+        return abstract, state_lib.shardings(built, optimizer, abstract, self.mesh)
+
+    def _make_learning(self, stage: Stage, built: models.Built, before: StageModel) -> StageModel:
+        """Returns the model of a stage that learns the maps from the one before it."""
+        transition = self.transitions[stage.index]
+        assert isinstance(transition, transitions.ToMaps)
+        change = transition.change
+        trained = learning.as_trained(transition.operator, change, built, self.mesh)
+        abstract, shardings = self._make_state(stage, trained)
+        for state, small in ((abstract, before.abstract), (shardings, before.shardings)):
+            state['frozen'] = {**small['frozen'], learning.SMALL: small['params']}
+        view = learning.view_of(change, built)
+        cost = learning.cost(view, abstract['params'], before.abstract['params'])
+        return StageModel(
+            dataclasses.replace(built, fallbacks=trained.fallbacks),
+            abstract,
+            shardings,
+            view,
+            trained.meta['params'],
+            {learning.PART: cost.times(stage.config['accumulate'])},
+        )
 
     @property
     def built(self) -> models.Built:
@@ -226,6 +277,16 @@ class Runtime:
                     'in config.optimizer, for all stages.'
                 )
 
+    def _check_learning(self) -> None:
+        """Checks that a phase that learns maps fits into its stage, where its steps are known."""
+        for stage in (s for s in self.stages if s.limit):
+            config = stage.config
+            examples, tokens = self.task.units(config['batch_size'], config['seq_len'])
+            flops = sum(cost.train_flops for cost in self.costs(stage).values())
+            sizes = {'examples': examples, 'tokens': tokens, 'model_flops': flops}
+            if stage.unit in sizes:
+                check_learning(stage, stage.end - stage.start, sizes[stage.unit])
+
     @property
     def data_digest(self) -> str:
         """Names the content of the data of all stages; '' without data."""
@@ -251,12 +312,7 @@ class Runtime:
     def _initialiser(self, index: int) -> Callable[[jax.Array], dict[str, Any]]:
         # One function for all seeds: jax compiles a function once, but not its equals.
         if index not in self._initialisers:
-            self._initialisers[index] = state_lib.initialiser(
-                self.models[index].built,
-                self.optimizer(self.stages[index]),
-                self.precision.loss_scale,
-                bool(self.config['ema']),
-            )
+            self._initialisers[index] = self._make_initialiser(self.stages[index])
         return self._initialisers[index]
 
     def source_state(self) -> dict[str, Any]:
@@ -266,7 +322,7 @@ class Runtime:
           CheckpointError: the checkpoint is damaged, or its optimizer kept another state.
         """
         source, model, theirs = self.source, self.source_model, self._of_source
-        assert source is not None
+        assert source is not None and model is not None
         restored = Checkpointer(source.folder / 'checkpoints').restore(
             lambda found: theirs.abstract_sharded(theirs.stage_of(found)), source.step
         )
@@ -279,12 +335,24 @@ class Runtime:
             params, optimizer = theirs.eval_params(state, index, source.progress), None
         make = functools.partial(
             state_lib.with_arrays,
-            optimizer=self._optimizer(self.stages[0], model.built),
+            optimizer=self._optimizer(self._first_kept(), model.built.meta['params']),
             loss_scale=self.precision.loss_scale,
             ema=bool(self.config['ema']),
             like=model.abstract,
         )
         return jax.jit(make, out_shardings=model.shardings)(params, state['buffers'], optimizer)
+
+    def _make_initialiser(self, stage: Stage) -> Callable[[jax.Array], dict[str, Any]]:
+        if stage.maps == 'learn':
+            small, optimizer = self._initialiser(stage.index - 1), self.optimizer(stage)
+            grow = self.transitions[stage.index].apply
+            return lambda key: grow(small(key), optimizer)
+        return state_lib.initialiser(
+            self.models[stage.index].built,
+            self.optimizer(stage),
+            self.precision.loss_scale,
+            bool(stage.config['ema']),
+        )
 
     def stage_of(self, manifest: Mapping[str, Any]) -> int:
         """Returns the index of the stage that a checkpoint's state belongs to."""
@@ -303,6 +371,7 @@ class Runtime:
     ) -> tuple[Any, StepCost]:
         before = self.models[stage.index - 1] if stage.index else self.source_model
         after = self.models[stage.index]
+        assert before is not None
         return transitions.compile_transition(
             planned,
             self.optimizer(stage),
@@ -361,13 +430,14 @@ class Runtime:
 
     def optimizer(self, stage: Stage) -> Any:
         """Returns the optimizer with a stage's settings."""
-        return self._optimizer(stage, self.models[stage.index].built)
+        model = self.models[stage.index]
+        return self._optimizer(stage, model.meta or model.built.meta['params'])
 
-    def _optimizer(self, stage: Stage, built: models.Built) -> Any:
+    def _optimizer(self, stage: Stage, meta: Any) -> Any:
         config = stage.config
         return optimizers.build(
             config['optimizer'],
-            meta=built.meta['params'],
+            meta=meta,
             lr_scales=config['lr_scales'],
             decay_scales=config['decay_scales'],
         )
@@ -375,8 +445,8 @@ class Runtime:
     def raw_step(self, stage: Stage) -> Any:
         """Returns a stage's train step, a pure function to be jitted."""
         average = None
-        if self.config['ema']:
-            average = functools.partial(ema.update, decay=self.config['ema'])
+        if stage.config['ema']:
+            average = functools.partial(ema.update, decay=stage.config['ema'])
         return step_lib.make_train_step(
             self.models[stage.index].built.graphdef,
             self.task,
@@ -390,8 +460,9 @@ class Runtime:
 
     def costs(self, stage: Stage) -> dict[str, Any]:
         """Returns `part -> Cost` of one batch of a stage."""
-        model = self.models[stage.index].built.model
-        return self.task.cost(model, stage.config['batch_size'], stage.config['seq_len'])
+        model, config = self.models[stage.index], stage.config
+        parts = self.task.cost(model.built.model, config['batch_size'], config['seq_len'])
+        return {**parts, **model.extra}
 
     def compile(self, stage: Stage, batch: Mapping[str, jax.Array]) -> CompiledStep:
         """Compiles a stage's step for a placed batch."""
@@ -441,9 +512,11 @@ class Runtime:
         batches = {key: (array.shape, array.dtype) for key, array in placed.items()}
         shapes = repr((batches, self.models.index(model)))
         if shapes not in self._eval_steps:
-            state = self.abstract_sharded(index)
+            given = self.abstract_sharded(index)
+            if model.meta is not None:
+                given = model.abstract_model()
             step = jax.jit(self.raw_eval_step(index))
-            lowered = step.lower(state['params'], state['buffers'], placed)
+            lowered = step.lower(given['params'], given['buffers'], placed)
             self._eval_steps[shapes] = lowered.compile()
         return self._eval_steps[shapes]
 

@@ -12,15 +12,20 @@ A stage with `until={'slope': -0.05}` ends before its time once its loss falls n
 that (`training.slope`); the next one begins there and ends where it was to end.
 
 The first stage may begin from another run's checkpoint, `init_from` (`training.sources`).
+LiGO learns how to grow: `grow=dict(kind='ligo', steps=100, lr=2e-4)` puts a stage `NAME:maps` of so
+many training steps in front of the stage NAME (`training.learning`), out of the same share.
 """
 
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from effjax.core.config import STAGE_OWN, as_dict, extent
 from effjax.core.errors import ConfigError
+
+# What a block of LiGO's says of its learning phase; the paper's values (arXiv 2303.00980).
+LEARNING: dict[str, Any] = {'steps': 100, 'lr': 2e-4}
 
 _PERCENT = re.compile(r'\s*(\d+(?:\.\d+)?|\.\d+)\s*%\s*')
 
@@ -30,7 +35,8 @@ class Stage:
     """One stage of a run.
 
     Attributes:
-      index: its number, from 0.
+      index: its number, from 0; a phase that learns maps counts, so that it is not always the
+        number in the config, which `where` says.
       name: its name in metrics and reports.
       config: the complete config as plain dicts, with the stage's changes applied.
       unit: what the run's extent is counted in: 'steps', 'tokens', 'examples', 'model_flops',
@@ -43,6 +49,9 @@ class Stage:
       until: what ends it before its time, as `check_until` returns it, or None.
       where: its place in the config, for errors.
       origin: what the run had used before its first stage.
+      limit: training steps after which it ends, whatever the run is counted in; 0 goes by `end`.
+      maps: what it does with the maps of LiGO: 'learn' trains them, 'use' begins with the model
+        that they make; '' has none.
     """
 
     index: int
@@ -57,6 +66,8 @@ class Stage:
     until: dict[str, float] | None = None
     where: str = 'config'
     origin: float = 0.0
+    limit: int = 0
+    maps: Literal['', 'learn', 'use'] = ''
 
     def progress(self, consumed: float) -> float:
         """Returns the schedule's progress in [0, 1] when `consumed` of the extent is used."""
@@ -104,12 +115,102 @@ def plan(config: Mapping[str, Any]) -> list[Stage]:
         own, until = 'schedule' in stage, None
         if 'until' in stage:
             until = check_until(stage['until'], f'{where}.until', last=i == len(lengths) - 1)
-        out.append(Stage(i, name, changed, unit, start, end, own, total, grow, until, where))
+        planned = Stage(len(out), name, changed, unit, start, end, own, total, grow, until, where)
+        out += _with_learning(planned, out[-1].config if out else {})
         start = end
+    _check_names(out)
     return out
 
 
+def _with_learning(stage: Stage, before: Mapping[str, Any]) -> list[Stage]:
+    """Returns a stage, behind the one that learns the maps it begins with, if it has such."""
+    if stage.grow is None or stage.grow['kind'] != 'ligo':
+        return [stage]
+    steps, lr = _learning(stage)
+    if not steps:
+        return [stage]
+    config = {
+        **stage.config,
+        'schedule': {'kind': 'constant', 'peak': float(lr)},
+        'optimizer': {'kind': 'adamw', 'weight_decay': 0.0},
+        'lr_scales': (),
+        'decay_scales': (),
+        'ema': 0.0,
+        'grown_from': before.get('model'),  # a step's time depends on it (`costs.reference`)
+    }
+    counted = stage.unit == 'steps'
+    phase = Stage(
+        stage.index,
+        f'{stage.name}:maps',
+        config,
+        stage.unit,
+        stage.start,
+        stage.start + steps if counted else stage.end,
+        True,
+        stage.total,
+        stage.grow,
+        where=stage.where,
+        limit=steps,
+        maps='learn',
+    )
+    if counted:
+        check_learning(phase, stage.end - stage.start, 1.0)
+    start = phase.end if counted else stage.start
+    return [phase, dataclasses.replace(stage, index=stage.index + 1, start=start, maps='use')]
+
+
+def _learning(stage: Stage) -> tuple[int, float]:
+    """Returns the steps and the learning rate of a phase that learns maps."""
+    assert stage.grow is not None
+    steps, lr = (stage.grow.get(key, default) for key, default in LEARNING.items())
+    where = f'{stage.where}.grow'
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ConfigError(
+            f"{where}.steps must be the whole number of steps that learn LiGO's maps, 0 to take "
+            f'the initial ones, not {steps!r}.'
+        )
+    number = isinstance(lr, int | float) and not isinstance(lr, bool)
+    if not number or not 0 < lr < float('inf'):
+        raise ConfigError(
+            f"{where}.lr must be the positive learning rate of LiGO's maps, not {lr!r}; the "
+            f'paper takes {LEARNING["lr"]:g}.'
+        )
+    return steps, lr
+
+
+def check_learning(phase: Stage, extent: float, step: float) -> None:
+    """Checks that a phase that learns maps leaves something of its stage to the model.
+
+    Args:
+      phase: one with `limit`.
+      extent: how long it and its stage last together, in the run's unit.
+      step: one of its steps in that unit.
+
+    Raises:
+      ConfigError: saying how long both are.
+    """
+    if phase.limit * step >= extent:
+        raise ConfigError(
+            f"{phase.where}.grow.steps: {phase.limit} steps that learn LiGO's maps take "
+            f'{phase.limit * step:g} {phase.unit}, but they and the stage behind them last '
+            f'{extent:g} together; give it fewer (0 takes the initial maps), or a longer stage.'
+        )
+
+
+def _check_names(stages: list[Stage]) -> None:
+    seen: set[str] = set()
+    for stage in stages:
+        if stage.name in seen:
+            raise ConfigError(
+                f'{stage.where}.name: another stage is called {stage.name!r} too, and what each '
+                'has cost is kept by name; give it a name of its own.'
+            )
+        seen.add(stage.name)
+
+
 def _share_of(consumed: float, start: float, end: float) -> float:
+    if end <= start:
+        return 1.0  # a stage whose share the ones before it have used up
     return min(max((consumed - start) / (end - start), 0.0), 1.0)
 
 
