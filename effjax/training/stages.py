@@ -102,7 +102,7 @@ def plan(config: Mapping[str, Any]) -> list[Stage]:
         grow = _grow(stage, i)
         _check_growth(grow, changed, out[-1].config if out else None, i)
         own = 'schedule' in stage
-        planned = Stage(len(out), name, changed, unit, start, end, own, total, grow, where)
+        planned = Stage(len(out), name, changed, unit, start, end, own, total, grow, where=where)
         out += _with_learning(planned, out[-1].config if out else {})
         start = end
     _check_names(out)
@@ -135,8 +135,8 @@ def _with_learning(stage: Stage, before: Mapping[str, Any]) -> list[Stage]:
         stage.start + steps if counted else stage.end,
         True,
         stage.total,
-        stage.grow,
-        stage.where,
+        grow=stage.grow,
+        where=stage.where,
         limit=steps,
         maps='learn',
     )
