@@ -205,9 +205,16 @@ class LaneRuntime(Runtime):
 
     def abstract_sharded(self, index: int = -1) -> dict[str, Any]:
         """Returns the state's shapes with lanes and shardings."""
+        return self._with_lanes(self.models[index].abstract)
+
+    def given(self, index: int) -> dict[str, Any]:
+        """Returns the shapes, with lanes and shardings, of what the model of a stage is given."""
+        return self._with_lanes(self.models[index].built.abstract_state)
+
+    def _with_lanes(self, shapes: Any) -> dict[str, Any]:
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._whole),
-            with_lanes(self.models[index].abstract, self.lanes),
+            with_lanes(shapes, self.lanes),
         )
 
     def transition(self, stage: Stage) -> tuple[Any, StepCost]:

@@ -58,10 +58,6 @@ class StageModel:
         """Returns the state's shapes with shardings: what a restore needs."""
         return _with_shardings(self.abstract, self.shardings)
 
-    def abstract_model(self) -> dict[str, Any]:
-        """Returns the shapes, with shardings, of the parameters and buffers it is given."""
-        return _with_shardings(self.built.abstract_state, self.built.shardings)
-
 
 def _with_shardings(abstract: Any, shardings: Any) -> Any:
     return jax.tree.map(
@@ -344,7 +340,8 @@ class Runtime:
 
     def _make_initialiser(self, stage: Stage) -> Callable[[jax.Array], dict[str, Any]]:
         if stage.maps == 'learn':
-            small, optimizer = self._initialiser(stage.index - 1), self.optimizer(stage)
+            optimizer = self.optimizer(stage)
+            small = self._initialiser(stage.index - 1) if stage.index else self._small_source()
             grow = self.transitions[stage.index].apply
             return lambda key: grow(small(key), optimizer)
         return state_lib.initialiser(
@@ -354,6 +351,13 @@ class Runtime:
             bool(stage.config['ema']),
         )
 
+    def _small_source(self) -> Callable[[jax.Array], dict[str, Any]]:
+        assert self.source_model is not None
+        stage = self._first_kept()
+        optimizer = self._optimizer(stage, self.source_model.built.meta['params'])
+        scale, average = self.precision.loss_scale, bool(stage.config['ema'])
+        return state_lib.initialiser(self.source_model.built, optimizer, scale, average)
+
     def stage_of(self, manifest: Mapping[str, Any]) -> int:
         """Returns the index of the stage that a checkpoint's state belongs to."""
         return min(int(manifest['stage']), len(self.stages) - 1)
@@ -361,6 +365,11 @@ class Runtime:
     def abstract_sharded(self, index: int = -1) -> dict[str, Any]:
         """Returns the shapes of a stage's state with shardings: what a restore needs."""
         return self.models[index].abstract_sharded()
+
+    def given(self, index: int) -> dict[str, Any]:
+        """Returns the shapes, with shardings, of what the model of a stage is given."""
+        built = self.models[index].built
+        return _with_shardings(built.abstract_state, built.shardings)
 
     def transition(self, stage: Stage) -> tuple[Any, StepCost]:
         """Returns (compiled `state -> state` of a stage that grows its model, what it costs)."""
@@ -512,9 +521,7 @@ class Runtime:
         batches = {key: (array.shape, array.dtype) for key, array in placed.items()}
         shapes = repr((batches, self.models.index(model)))
         if shapes not in self._eval_steps:
-            given = self.abstract_sharded(index)
-            if model.meta is not None:
-                given = model.abstract_model()
+            given = self.given(index)
             step = jax.jit(self.raw_eval_step(index))
             lowered = step.lower(given['params'], given['buffers'], placed)
             self._eval_steps[shapes] = lowered.compile()

@@ -115,7 +115,9 @@ def plan(config: Mapping[str, Any]) -> list[Stage]:
         own, until = 'schedule' in stage, None
         if 'until' in stage:
             until = check_until(stage['until'], f'{where}.until', last=i == len(lengths) - 1)
-        planned = Stage(len(out), name, changed, unit, start, end, own, total, grow, until, where)
+        planned = Stage(
+            len(out), name, changed, unit, start, end, own, total, grow, until, where=where
+        )
         out += _with_learning(planned, out[-1].config if out else {})
         start = end
     _check_names(out)
@@ -148,7 +150,7 @@ def _with_learning(stage: Stage, before: Mapping[str, Any]) -> list[Stage]:
         stage.start + steps if counted else stage.end,
         True,
         stage.total,
-        stage.grow,
+        grow=stage.grow,
         where=stage.where,
         limit=steps,
         maps='learn',
