@@ -149,6 +149,29 @@ def test_lanes_grow_as_the_runs_would_alone(tiny, tmp_path, quick_compile):
     assert wild['memory']['compiled']['total'] < out[0]['memory']['compiled']['total']
 
 
+@pytest.mark.ci
+def test_lanes_see_their_parameters_by_a_view(tiny, tmp_path, quick_compile):
+    """Masks that rise, then maps that are learned, as the runs alone; a lane by a lane's seed."""
+
+    def sized(hidden, **more):
+        return {**more, 'ffn': {'kind': 'swiglu', 'hidden': hidden}}
+
+    ligo, msg = {'kind': 'ligo', 'steps': 2}, {'kind': 'msg', 'ramp': 1.0}
+    stages = (
+        {'name': 'one', 'model': sized(16, layers=1), 'steps': 2},
+        {'name': 'two', 'model': sized(32), 'grow': msg, 'steps': 2},
+        {'name': 'three', 'model': sized(64), 'grow': ligo, 'steps': 4},
+    )
+    configs = [
+        tiny(f'seed={seed}', 'steps=8', 'evals.valid.every_steps=3', stages=stages)
+        for seed in (0, 1)
+    ]
+    run_batched(configs, [tmp_path / 'zero', tmp_path / 'one'], report.write)
+    train.run(configs[1], tmp_path / 'alone')
+    assert_same_run(tmp_path / 'one', tmp_path / 'alone')
+    assert [row['stage'] for row in rows(tmp_path / 'zero')] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_each_lane_grows_with_its_own_seed(tiny):
     same = ('steps=100', 'init_seed=7')
     configs = [tiny(f'seed={seed}', *same, stages=STAGES) for seed in (0, 1, 1)]

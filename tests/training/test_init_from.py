@@ -96,6 +96,15 @@ def test_it_may_grow(tiny, small, tmp_path):
 
 
 @pytest.mark.ci
+def test_maps_may_be_learned_from_it(tiny, small, tmp_path):
+    """LiGO on a finished model, whose cost is free: the papers' case."""
+    stages = ({'name': 'big', 'share': 1.0, 'grow': {'kind': 'ligo', 'steps': 2}},)
+    done = train.run(tiny('steps=4', stages=stages, init_from=begin(small)), tmp_path)
+    assert [row['stage'] for row in rows(tmp_path)] == [0, 0, 1, 1]
+    assert list(done.summary['ledger']['stages']) == ['big:maps', 'big']
+
+
+@pytest.mark.ci
 def test_a_run_that_goes_on_does_not_need_it(tiny, source, small, tmp_path):
     other = tmp_path / 'source'
     shutil.copytree(small, other)
