@@ -36,6 +36,7 @@ SIZES = {
     '': (256, 16, 8, 672, 1024, 16),
     'tiny': (64, 4, 4, 168, 128, 8),
 }
+EPS = 1e-6
 HELD = dict(final=1.0)  # a schedule that stays at its peak
 ANEW = dict(warmup=0.05)  # one that begins again, and ends at 0
 
@@ -72,7 +73,7 @@ def get_config(variant=''):
         layers=layers,
         mixer=dict(kind='attention', heads=heads),
         ffn=dict(kind='swiglu', hidden=hidden),
-        norm=dict(kind='rmsnorm'),
+        norm=dict(kind='rmsnorm', eps=EPS),
         positions=dict(kind='rope', base=10000.0),
         tied=True,
     )
@@ -127,8 +128,10 @@ def _by_width(grow, small=HELD):
 
 
 def msg(sizes, config):
+    # Masked norms see half of the units: what is added to their mean square is twice as much.
+    twice = dict(norm=dict(kind='rmsnorm', eps=2 * EPS))
     return (
-        dict(name='small', model=sizes(2, 2), budget='15%'),
+        dict(name='small', model=sizes(2, 2) | twice, budget='15%'),
         dict(name='wide', model=sizes(2), grow=dict(kind='msg', ramp=0.5), budget='15%'),
         dict(name='whole', grow=dict(kind='msg', ramp=0.2), budget='70%'),
     )
