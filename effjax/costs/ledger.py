@@ -104,6 +104,25 @@ class Ledger:
         entry['model_flops'] += cost.model_flops
         entry['hardware_flops'] = _plus(entry['hardware_flops'], cost.hardware_flops)
 
+    def add_source(self, name: str, used: Mapping[str, Any]) -> None:
+        """Charges what another run has cost, which this one starts from or learns from.
+
+        Its tokens, examples and FLOPs count towards the budget, its steps do not: they stand in an
+        entry of their own among the stages.
+
+        Args:
+          name: of the source.
+          used: `totals()` of its ledger, or of it what counts.
+        """
+        entry = self._stage(f'source: {name}')
+        entry['source'] = True
+        for key in _COUNTS:
+            entry[key] += 0 if key == 'steps' else round(used.get(key) or 0)
+        entry['parts'][f'source: {name}'] = round(used['model_flops'])
+        entry['hardware_flops'] = _plus(entry['hardware_flops'], used.get('hardware_flops'))
+        seconds = used.get('reference_seconds')
+        entry['reference_seconds'] = _add(entry['reference_seconds'], seconds)
+
     def add_wasted_steps(
         self,
         steps: int,
@@ -177,6 +196,12 @@ class Ledger:
     def hardware_flops(self) -> int | None:
         """FLOPs executed for the same, or None where some are not known."""
         return _hardware_flops(self._stages.values())
+
+    @property
+    def computed(self) -> tuple[int, int | None]:
+        """(model, hardware) FLOPs as charged, without those that other runs have computed."""
+        own = [entry for entry in self._stages.values() if not entry.get('source')]
+        return sum(map(_model_flops, own)), _hardware_flops(own)
 
     @property
     def reference_seconds(self) -> float | None:

@@ -1,4 +1,4 @@
-"""What a model says of a batch, before any loss: what a task judges and a teacher is compared by."""
+"""What a model says of a batch: what a task judges, and a student and a teacher differ in."""
 
 import dataclasses
 

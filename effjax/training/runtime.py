@@ -18,7 +18,8 @@ from effjax.core.config import as_dict
 from effjax.core.errors import ConfigError
 from effjax.costs import StepCost
 from effjax.costs.reference import reference_seconds
-from effjax.training import ema, evaluate, optimizers, setup, transitions
+from effjax.tasks.distillation import TEACHER
+from effjax.training import ema, evaluate, optimizers, setup, teacher, transitions
 from effjax.training import state as state_lib
 from effjax.training import step as step_lib
 from effjax.training.compiled import CompiledStep, compile_train
@@ -74,6 +75,7 @@ class Runtime:
       task: the objective.
       precision: dtypes and loss scaling.
       models: the model of each stage; stages whose models are equal share one.
+      frozen: name -> model that the objective needs beside those.
       transitions: stage's index -> the growth that leads to it.
       lanes: runs that one step trains at once (`training.batched`); 0 without such an axis.
 
@@ -97,13 +99,17 @@ class Runtime:
         self._eval_params: dict[int, Any] = {}
         self._initialisers: dict[int, Any] = {}
         self._record = max(stage.config['seq_len'] for stage in plan(plain))
-        self.config = self._open_data(plain) if with_data else plain
+        config = self._open_data(plain) if with_data else plain
+        self.config = teacher.resolve(config, self.dataset.info if with_data else None)
         self.stages = plan(self.config)
         self.task = setup.build_task(self.config)
+        self.frozen = self._frozen_models()
         self._sequence = self.task.data == 'text'
         self._evaluations = [self._plan_evaluations(s) for s in self.stages] if with_data else []
         self.precision = precision.build(self.config['precision'])
         self.models = self._make_models()
+        for model in self.models if self.frozen else ():
+            self.task = self.task.taught(model.built.model, self.frozen[TEACHER])
         setup.check_sampling(self.config, self.built.model)
         self._check_optimizers()
         self.transitions = {
@@ -116,6 +122,11 @@ class Runtime:
             if stage.grow is not None
         }
 
+    def _frozen_models(self) -> dict[str, models.Built]:
+        """Builds what the objective needs beside the model that is trained: its teacher."""
+        built = teacher.build(self.config, self.mesh)
+        return {} if built is None else {TEACHER: built}
+
     def _make_models(self) -> list[StageModel]:
         """Builds the stages' models, each for the longest rows that any stage will ask for."""
         scale, average = self.precision.loss_scale, bool(self.config['ema'])
@@ -127,12 +138,9 @@ class Runtime:
             longest = {**self.config, 'model': stage.config['model'], 'seq_len': self._record}
             built = models.build(longest, mesh=self.mesh)
             optimizer = self._optimizer(stage, built)
-            abstract = state_lib.abstract(built, optimizer, scale, average)
-            out.append(
-                StageModel(
-                    built, abstract, state_lib.shardings(built, optimizer, abstract, self.mesh)
-                )
-            )
+            abstract = state_lib.abstract(built, optimizer, scale, average, self.frozen)
+            shardings = state_lib.shardings(built, optimizer, abstract, self.mesh, self.frozen)
+            out.append(StageModel(built, abstract, shardings))
         return out
 
     @property
@@ -199,7 +207,10 @@ class Runtime:
         """Makes the first state of a config that differs from this run's in its seeds at most."""
         first = config['init_seed']
         key = jax.random.key(config['seed'] if first < 0 else first)
-        return parallel.init_sharded(self._initialiser(index), self.models[index].shardings, key)
+        shardings = {**self.models[index].shardings, 'frozen': {}}
+        state = parallel.init_sharded(self._initialiser(index), shardings, key)
+        frozen = {name: teacher.load(config, built) for name, built in self.frozen.items()}
+        return {**state, 'frozen': frozen}
 
     def _initialiser(self, index: int) -> Callable[[jax.Array], dict[str, Any]]:
         # One function for all seeds: jax compiles a function once, but not its equals.
@@ -292,14 +303,24 @@ class Runtime:
             decay_scales=config['decay_scales'],
         )
 
-    def raw_step(self, stage: Stage) -> Any:
-        """Returns a stage's train step, a pure function to be jitted."""
+    def task_at(self, progress: tuple[float, float], task: Any = None) -> Any:
+        """Returns the objective of what follows once shares of (run, stage) are done.
+
+        Args:
+          progress: both shares.
+          task: the objective so far; None takes the run's.
+        """
+        task = task or self.task
+        return task.at(progress) if hasattr(task, 'at') else task
+
+    def raw_step(self, stage: Stage, task: Any = None) -> Any:
+        """Returns a stage's train step, a pure function to be jitted, for `task_at`'s objective."""
         average = None
         if self.config['ema']:
             average = functools.partial(ema.update, decay=self.config['ema'])
         return step_lib.make_train_step(
             self.models[stage.index].built.graphdef,
-            self.task,
+            task or self.task_at((0.0, 0.0)),
             self.optimizer(stage),
             loss_scale=self.precision.loss_scale,
             view=self.models[stage.index].view,
@@ -313,18 +334,33 @@ class Runtime:
         model = self.models[stage.index].built.model
         return self.task.cost(model, stage.config['batch_size'], stage.config['seq_len'])
 
-    def compile(self, stage: Stage, batch: Mapping[str, jax.Array]) -> CompiledStep:
-        """Compiles a stage's step for a placed batch."""
+    def frozen_costs(self, stage: Stage, task: Any = None) -> dict[str, Any]:
+        """Returns `part -> Cost` of the frozen models' forward passes in one step of a stage."""
+        task = task or self.task_at((0.0, 0.0))
+        if not hasattr(task, 'frozen_cost'):
+            return {}
+        return task.frozen_cost(stage.config['batch_size'], stage.config['seq_len'])
+
+    def step_flops(self, stage: Stage) -> float:
+        """Returns the model FLOPs of a first step of a stage."""
+        trained = sum(cost.train_flops for cost in self.costs(stage).values())
+        return trained + sum(cost.model_flops for cost in self.frozen_costs(stage).values())
+
+    def compile(
+        self, stage: Stage, batch: Mapping[str, jax.Array], task: Any = None
+    ) -> CompiledStep:
+        """Compiles a stage's step for a placed batch, by default with the run's first objective."""
         config, model = stage.config, self.models[stage.index]
         # Of all stages: a table that does not cover a later one is an error now, not then.
         charged = [reference_seconds(s.config) for s in self.stages]
         return compile_train(
-            self.raw_step(stage),
+            self.raw_step(stage, task),
             state=model.abstract,
             shardings=model.shardings,
             batch=batch,
             mesh=self.mesh,
             parts=self.costs(stage),
+            forward=self.frozen_costs(stage, task),
             units=self.task.units(config['batch_size'], config['seq_len']),
             optimizer_flops=self.optimizer(stage).flops(model.abstract['params']),
             options=config['execution']['compiler_options'],
