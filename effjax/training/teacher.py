@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from effjax import models
+from effjax import models, parallel
 from effjax.core import trees
 from effjax.core.config import as_dict, extent
 from effjax.core.errors import CheckpointError, ConfigError
@@ -134,6 +134,7 @@ def recall(config: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
     block, file = block_of(mine), workdir / 'config.json'
     if block is None or not file.is_file():
         return mine
+    parallel.initialize()  # all processes take the first one's answer
     if Checkpointer(workdir / 'checkpoints').latest() is None:
         return mine
     try:
