@@ -1,6 +1,11 @@
 """A small vision transformer on the digits, taught by a larger one beside the labels.
 
-NUMBERS
+The student has 27 thousand parameters and reads 20000 examples, seven seconds of training on two
+CPU cores without its teacher, which reached 97.7 %. With it the student reached 90.2 % of the 385
+held-out images in the mean of five seeds (87.5 to 94.0 %), and without it (`task.alpha=0.0`) 89.7 %
+(88.6 to 91.7 %): at equal examples five seeds tell no difference, and the teacher's forward passes
+make a step cost 3.5 times as many model FLOPs, the teacher's training not counted. It shows how a
+teacher is named, and is no case for one here.
 
     python -m effjax.train --config=configs/digits_vit.py --workdir=runs/digits_vit
     python -m effjax.train --config=configs/digits_distil.py
