@@ -111,14 +111,14 @@ class Ledger:
         entry['hardware_flops'] = _plus(entry['hardware_flops'], cost.hardware_flops)
 
     def add_source(
-        self, name: str, totals: Mapping[str, Any], *, seconds: float, charged: bool
+        self, name: str, totals: Mapping[str, Any], *, seconds: float = 0.0, charged: bool
     ) -> None:
         """Books another run whose weights this one uses.
 
         Args:
           name: what this run calls it, such as 'init_from' or 'teacher'.
           totals: `totals()` of that run's ledger, as far as its checkpoint.
-          seconds: its training time.
+          seconds: its training time, where the budget may count it.
           charged: whether it counts towards this run's budget. Its steps never do: steps are this
             run's own.
         """
@@ -215,6 +215,12 @@ class Ledger:
         return out
 
     @property
+    def computed(self) -> tuple[int, int | None]:
+        """(model, hardware) FLOPs as charged, without those that other runs have computed."""
+        own = list(self._stages.values())
+        return sum(map(_model_flops, own)), _hardware_flops(own)
+
+    @property
     def reference_seconds(self) -> float | None:
         """Seconds on the reference machine, or None where some step was not charged by a table."""
         out: float | None = 0.0
@@ -297,7 +303,7 @@ class Ledger:
     def _from_sources(self, key: str) -> int:
         if key not in _OF_SOURCE:
             return 0
-        return sum(source[key] for source in self._charged())
+        return sum(round(source[key] or 0) for source in self._charged())
 
 
 def _passes() -> dict[str, Any]:

@@ -13,7 +13,12 @@ raises. Kernels import jax and numpy only, know no mesh, and name their residual
 
 from effjax.kernels.attention import MaskSpec, attention, save_attention
 from effjax.kernels.choice import choices, last_choice, target
-from effjax.kernels.cross_entropy import linear_cross_entropy
+from effjax.kernels.cross_entropy import (
+    Head,
+    linear_cross_entropy,
+    linear_divergence,
+    row_divergences,
+)
 from effjax.kernels.delta_rule import delta_rule
 from effjax.kernels.diagonal_scan import diagonal_scan
 from effjax.kernels.dplr import dplr
@@ -27,6 +32,7 @@ from effjax.kernels.short_conv import short_conv
 from effjax.kernels.wkv import wkv
 
 __all__ = [
+    'Head',
     'MaskSpec',
     'Others',
     'attention',
@@ -39,9 +45,11 @@ __all__ = [
     'labelled_attention',
     'last_choice',
     'linear_cross_entropy',
+    'linear_divergence',
     'linear_recurrence',
     'lsh_attention',
     'lsh_buckets',
+    'row_divergences',
     'save_attention',
     'selective_scan',
     'short_conv',

@@ -23,7 +23,7 @@ from effjax.costs.reference import reference_seconds
 from effjax.study import plan
 from effjax.study.records import Cell
 from effjax.study.spec import AXES, Arm, Study, direction
-from effjax.training import schedules, setup
+from effjax.training import schedules, setup, teacher
 from effjax.training.batched import VARYING
 from effjax.training.runtime import Runtime
 
@@ -174,7 +174,7 @@ def _arm(study: Study, arm: Arm) -> Facts:
     for stage in runtime.stages:
         _check_decay(arm, stage.config['schedule'], last=stage is runtime.stages[-1])
     stage = runtime.stages[0]
-    flops = sum(cost.train_flops for cost in runtime.costs(stage).values())
+    flops = runtime.step_flops(stage)
     if steps is not None:
         _check_steps(study, arm.name, steps)
     elif study.axis == 'hardware_flops' and len(runtime.stages) == 1:
@@ -252,7 +252,8 @@ def _steps(study: Study, runtime: Runtime) -> int | None:
             'NVIDIA GPU and the nvidia-ml-py package); count flops, seconds or tokens instead.'
         )
     stage = runtime.stages[0]
-    if len(runtime.stages) > 1 or study.axis in ('seconds', 'joules', 'hardware_flops'):
+    changes = runtime.task_at((1.0, 1.0)) is not runtime.task_at((0.0, 0.0))
+    if len(runtime.stages) > 1 or changes or study.axis in ('seconds', 'joules', 'hardware_flops'):
         return None
     size = stage.config['batch_size']
     examples, tokens = runtime.task.units(size, stage.config['seq_len'])
@@ -260,7 +261,7 @@ def _steps(study: Study, runtime: Runtime) -> int | None:
         'steps': 1.0,
         'tokens': tokens,
         'examples': examples,
-        'model_flops': sum(cost.train_flops for cost in runtime.costs(stage).values()),
+        'model_flops': runtime.step_flops(stage),
     }
     if study.axis == 'reference_seconds':
         sizes['reference_seconds'] = reference_seconds(stage.config)
@@ -270,7 +271,8 @@ def _steps(study: Study, runtime: Runtime) -> int | None:
                 'effjax.calibrate`.'
             )
     one = sizes[study.axis]
-    return round(study.budget / one) if one else 0
+    left = study.budget - (teacher.spent(runtime.config, study.axis) or 0.0)
+    return round(left / one) if one else 0
 
 
 def _evaluation(study: Study, runtime: Runtime) -> str:

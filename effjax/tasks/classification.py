@@ -11,6 +11,7 @@ import optax
 from effjax.core.cost import Cost
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
+from effjax.tasks.outputs import Outputs
 
 
 class Classification:
@@ -38,13 +39,26 @@ class Classification:
 
     def loss(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo):
         """Returns (loss_sum, weight, aux) of images [B, H, W, C] with labels int32 [B]."""
-        sums, aux = self._sums(model, batch, info, self.label_smoothing)
+        outputs, aux = self.outputs(model, batch, info)
+        loss, weight, metrics = self.loss_of(outputs)
+        return loss, weight, {**metrics, **aux}
+
+    def outputs(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo):
+        """Returns (`Outputs` whose rows are float32 logits [B, classes], aux)."""
+        chex.assert_rank([batch['image'], batch['label'], batch['weights']], [4, 1, 1])
+        logits, aux = model(batch['image'], info)
+        weights = batch['weights'].astype(jnp.float32)
+        return Outputs(logits.astype(jnp.float32), batch['label'], weights), aux
+
+    def loss_of(self, outputs: Outputs):
+        """Returns (loss_sum, weight, metrics) of a model's outputs."""
+        sums = self._sums(outputs, self.label_smoothing)
         loss, weight = sums.pop('loss')
-        return loss, weight, {**sums, **aux}
+        return loss, weight, sums
 
     def evaluate(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo):
         """Returns sums of the loss (without smoothing) and of correct predictions."""
-        return self._sums(model, batch, info, 0.0)[0]
+        return self._sums(self.outputs(model, batch, info)[0], 0.0)
 
     def metrics(self, sums: Mapping[str, tuple[float, float]], source: Any) -> dict[str, float]:
         """Returns mean loss and accuracy and the number of examples."""
@@ -61,16 +75,13 @@ class Classification:
         """Returns the model's cost by part."""
         return model.cost(batch, seq_len)
 
-    def _sums(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo, smoothing: float):
-        chex.assert_rank([batch['image'], batch['label'], batch['weights']], [4, 1, 1])
-        logits, aux = model(batch['image'], info)
-        logits = logits.astype(jnp.float32)
-        targets = optax.smooth_labels(jax.nn.one_hot(batch['label'], logits.shape[-1]), smoothing)
+    def _sums(self, outputs: Outputs, smoothing: float):
+        logits, label, weights = outputs.rows, outputs.targets, outputs.weights
+        targets = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), smoothing)
         losses = optax.softmax_cross_entropy(logits, targets)
-        correct = (jnp.argmax(logits, -1) == batch['label']).astype(jnp.float32)
-        weights = batch['weights'].astype(jnp.float32)
+        correct = (jnp.argmax(logits, -1) == label).astype(jnp.float32)
         total = jnp.sum(weights)
         return {
             'loss': (jnp.sum(losses * weights), total),
             'accuracy': (jnp.sum(correct * weights), total),
-        }, aux
+        }

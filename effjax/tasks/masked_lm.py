@@ -12,8 +12,8 @@ import numpy as np
 from effjax.core.cost import Cost
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
-from effjax.kernels import linear_cross_entropy
 from effjax.models.encoder import MASK
+from effjax.tasks.outputs import Outputs
 
 # Folded into the step's key; blocks fold their index, the embedding 2^31 - 1.
 _DRAW = 0x7FFFFFFE
@@ -80,13 +80,38 @@ class MaskedLM:
 
     def loss(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo):
         """Returns (loss_sum, weight, aux) of a batch of int32 [B, T] tokens."""
-        sums, aux = self._sums(model, batch, info)
-        loss, weight = sums.pop('loss')
-        return loss, weight, {**sums, **aux}
+        outputs, aux = self.outputs(model, batch, info)
+        loss, weight, metrics = self.loss_of(outputs)
+        return loss, weight, {**metrics, **aux}
+
+    def outputs(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo):
+        """Returns (`Outputs` at the hidden tokens' places, aux)."""
+        chex.assert_rank(batch['tokens'], 2)
+        chex.assert_equal_shape([batch['tokens'], batch['weights']])
+        with jax.named_scope('hide'):
+            tokens, places, weights = self.hide(batch, info, model.vocab_size)
+        hidden, aux = model(tokens, info)
+        found = jnp.take_along_axis(hidden, places[..., None], axis=1)
+        features = model.features(found)
+        out = Outputs(
+            features.reshape(-1, features.shape[-1]),
+            jnp.take_along_axis(batch['tokens'], places, axis=1).reshape(-1),
+            weights.reshape(-1),
+            model.head_weight(),
+            bias=model.head_bias[...],
+        )
+        return out, aux
+
+    def loss_of(self, outputs: Outputs):
+        """Returns (loss_sum, weight, metrics) of a model's outputs."""
+        loss, parts = outputs.cross_entropy()
+        weight = jnp.sum(outputs.weights)
+        return loss, weight, {'accuracy': (parts['correct'], weight)}
 
     def evaluate(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo):
         """Returns sums of the loss and of hidden tokens that were found."""
-        return self._sums(model, batch, info)[0]
+        loss, weight, metrics = self.loss_of(self.outputs(model, batch, info)[0])
+        return {'loss': (loss, weight), **metrics}
 
     def metrics(self, sums: Mapping[str, tuple[float, float]], source: Any) -> dict[str, float]:
         """Returns loss (nats a hidden token), its exponential, accuracy and the number of tokens.
@@ -157,24 +182,6 @@ class MaskedLM:
         """Draws what becomes of one row's chosen tokens, and a random token for each."""
         drawn = jax.random.uniform(jax.random.fold_in(key, 1), (count,))
         return drawn, jax.random.randint(jax.random.fold_in(key, 2), (count,), 0, vocab_size)
-
-    def _sums(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo):
-        chex.assert_rank(batch['tokens'], 2)
-        chex.assert_equal_shape([batch['tokens'], batch['weights']])
-        with jax.named_scope('hide'):
-            tokens, places, weights = self.hide(batch, info, model.vocab_size)
-        hidden, aux = model(tokens, info)
-        found = jnp.take_along_axis(hidden, places[..., None], axis=1)
-        features = model.features(found)
-        loss, parts = linear_cross_entropy(
-            features.reshape(-1, features.shape[-1]),
-            model.head_weight(),
-            jnp.take_along_axis(batch['tokens'], places, axis=1).reshape(-1),
-            weights.reshape(-1),
-            bias=model.head_bias[...],
-        )
-        weight = jnp.sum(weights)
-        return {'loss': (loss, weight), 'accuracy': (parts['correct'], weight)}, aux
 
 
 def _text(batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from effjax.core.cost import Cost
 from effjax.core.errors import ConfigError
 from effjax.core.info import SeqInfo
-from effjax.kernels import linear_cross_entropy
+from effjax.tasks.outputs import Outputs
 
 # Above this many vocabulary entries a chunk's logits dominate the memory of a small model.
 _CHUNK_VOCAB = 16384
@@ -41,23 +41,41 @@ class NextToken:
 
     def loss(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo):
         """Returns (loss_sum, weight, aux) of a batch of int32 [B, T] tokens and targets."""
+        outputs, aux = self.outputs(model, batch, info)
+        loss, weight, metrics = self.loss_of(outputs)
+        return loss, weight, {**metrics, **aux}
+
+    def outputs(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo):
+        """Returns (`Outputs` of the B x T predictions, aux)."""
         chex.assert_rank(batch['tokens'], 2)
         chex.assert_equal_shape([batch['tokens'], batch['targets'], batch['weights']])
         hidden, aux = model(batch['tokens'], info)
-        loss, parts = self._head(model, hidden, batch, self.z_loss)
-        weight = jnp.sum(batch['weights'], dtype=jnp.float32)
+        weight_DV = model.head_weight()
+        rows = hidden.shape[0] * hidden.shape[1]
+        out = Outputs(
+            hidden.reshape(rows, hidden.shape[-1]),
+            batch['targets'].reshape(rows),
+            batch['weights'].reshape(rows),
+            weight_DV,
+            soft_cap=model.soft_cap,
+            chunks=self.chunks or _pick_chunks(rows, weight_DV.shape[-1]),
+        )
+        return out, aux
+
+    def loss_of(self, outputs: Outputs):
+        """Returns (loss_sum, weight, metrics) of a model's outputs."""
+        loss, parts = outputs.cross_entropy(self.z_loss)
+        weight = jnp.sum(outputs.weights, dtype=jnp.float32)
         metrics = {'accuracy': (parts['correct'], weight)}
         if self.z_loss:
             metrics['z_loss'] = (parts['z_loss'], weight)
-        for name, value in aux.items():
-            metrics[name] = value
         return loss, weight, metrics
 
     def evaluate(self, model: Any, batch: Mapping[str, jax.Array], info: SeqInfo):
         """Returns sums of the loss (without z-loss) and of correct predictions."""
-        hidden, _ = model(batch['tokens'], info)
-        loss, parts = self._head(model, hidden, batch, 0.0)
-        weight = jnp.sum(batch['weights'], dtype=jnp.float32)
+        outputs, _ = self.outputs(model, batch, info)
+        loss, parts = outputs.cross_entropy()
+        weight = jnp.sum(outputs.weights, dtype=jnp.float32)
         return {'loss': (loss, weight), 'accuracy': (parts['correct'], weight)}
 
     def metrics(self, sums: Mapping[str, tuple[float, float]], source: Any) -> dict[str, float]:
@@ -85,19 +103,6 @@ class NextToken:
     def cost(self, model: Any, batch: int, seq_len: int) -> dict[str, Cost]:
         """Returns the model's cost by part."""
         return model.cost(batch, seq_len)
-
-    def _head(self, model: Any, hidden: jax.Array, batch: Mapping[str, jax.Array], z_loss: float):
-        weight_DV = model.head_weight()
-        rows = hidden.shape[0] * hidden.shape[1]
-        return linear_cross_entropy(
-            hidden.reshape(rows, hidden.shape[-1]),
-            weight_DV,
-            batch['targets'].reshape(rows),
-            batch['weights'].reshape(rows),
-            soft_cap=model.soft_cap,
-            z_loss=z_loss,
-            chunks=self.chunks or _pick_chunks(rows, weight_DV.shape[-1]),
-        )
 
 
 def _pick_chunks(rows: int, vocab: int) -> int:

@@ -41,7 +41,7 @@ from effjax.costs import Clock, EnergyMeter, Ledger, StepCost
 from effjax.data.packing import Batch, Position
 from effjax.data.sampler import RowIndex, Sampler
 from effjax.kernels.choice import platform
-from effjax.training import evaluate, finish, resume, schedules, setup, transitions
+from effjax.training import evaluate, finish, resume, schedules, setup, teacher, transitions
 from effjax.training import loop as loop_lib
 from effjax.training.compiled import CompiledStep, with_lanes
 from effjax.training.files import write_json_atomic
@@ -167,6 +167,11 @@ class LaneRuntime(Runtime):
         own = [{key: as_dict(config)[key] for key in VARYING} for config in configs]
         self.stages = plan(self._resolved)  # reference time is that of a run by itself
         self.configs = [{**self.config, **values} for values in own]
+        if self.frozen:  # each lane may have a teacher of its own seed
+            task = as_dict(configs[0])['task']
+            mine = [{**config, 'task': task} for config in self.configs]
+            self.configs = [teacher.resolve(config, self.dataset.info) for config in mine]
+            _check_teachers(self.configs)
         self.plans = [plan(config) for config in self.configs]
         self._whole = parallel.replicated(self.mesh)  # one device: nothing is divided
 
@@ -280,6 +285,19 @@ class LaneRuntime(Runtime):
         return self.raw_eval_params(state, index, progress)
 
 
+def _check_teachers(configs: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that the teachers of all lanes have one form, and leave as much of the budget."""
+    unit, _ = extent(configs[0])
+    forms = [teacher.block_of(config) or {} for config in configs]
+    for config, form in zip(configs[1:], forms[1:], strict=True):
+        alike = teacher.spent(config, unit) == teacher.spent(configs[0], unit)
+        if form['model'] != forms[0]['model'] or not alike:
+            raise ConfigError(
+                f'batched runs need teachers of one model and one cost, but {form["run"]} differs '
+                f'from {forms[0]["run"]}; train the runs one by one.'
+            )
+
+
 class _Samplers:
     """The samplers of lanes as one: lanes of one seed share what is made.
 
@@ -324,6 +342,7 @@ class Lane:
         self.runtime = group.runtime
         self.config = self.runtime.configs[index]
         self.ledger = Ledger()
+        teacher.charge(self.ledger, self.config)
         self.results: dict[str, dict[str, float]] = {}
         self.row: dict[str, Any] | None = None
         self.error = ''

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -65,6 +66,7 @@ def compile_train(
     options: Mapping[str, Any] | None = None,
     reference_seconds: float | None = None,
     lanes: int = 0,
+    forward: Mapping[str, Cost] = MappingProxyType({}),
 ) -> CompiledStep:
     """Traces a step once, walks its jaxpr for hardware FLOPs, and compiles it.
 
@@ -82,6 +84,7 @@ def compile_train(
       lanes: runs to train at once on a mesh of one device, 0 for one run. State, batch, lr, seed,
         progress and metrics then have a leading axis of that size, which `batch` brings and `state`
         does not; the cost is that of one lane.
+      forward: part -> cost of forward passes without a backward one, of a teacher for example.
     """
     names: list[str] = []
 
@@ -117,8 +120,9 @@ def compile_train(
             raise
         raise ConfigError(f'config.execution.compiler_options: {str(e).splitlines()[0]}') from e
     examples, tokens = units
-    cost = StepCost.train(
-        parts,
+    charged = {part: cost.train_flops for part, cost in parts.items()}
+    cost = StepCost(
+        charged | {part: cost.model_flops for part, cost in forward.items()},
         hardware_flops=walk_jaxpr(walked.jaxpr).total,
         optimizer_flops=optimizer_flops,
         examples=examples,

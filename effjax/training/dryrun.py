@@ -71,6 +71,10 @@ def _flops(runtime: Runtime) -> list[str]:
         for name, cost in parts.items()
         if cost.model_flops
     ]
+    out += [
+        f'  and of the {name}, forward alone, {human(cost.model_flops, "FLOP")} a step'
+        for name, cost in runtime.frozen_costs(runtime.stages[0]).items()
+    ]
     # One example's multiply-adds and decoding state: the figures that papers print.
     one = runtime.task.cost(runtime.built.model, 1, length)
     out.append(f'  one example forward: {page.si(total(one.values()).model_flops / 2, "MACs")}')

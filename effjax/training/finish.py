@@ -9,7 +9,7 @@ from effjax.costs import meters, mfu
 from effjax.data.gzip_baseline import gzip_baseline
 from effjax.kernels import choices
 from effjax.models.decode import Sampling, complete
-from effjax.training import setup
+from effjax.training import setup, teacher
 from effjax.training.progress import human
 
 
@@ -39,6 +39,9 @@ def summary(trainer: Any) -> dict[str, Any]:
         'environment': setup.environment(),
         'warnings': trainer.warnings,
     }
+    taught = teacher.describe(trainer.config)
+    if taught is not None:
+        out['teacher'] = taught
     if trainer.stopped_by:
         return out
     if trainer.config['finish']['gzip']:
@@ -114,12 +117,13 @@ def _costs(out: Mapping[str, Any]) -> list[str]:
 
 
 def _mfu(trainer: Any) -> dict[str, Any] | None:
-    clock, ledger = trainer.clock, trainer.ledger
+    clock = trainer.clock
+    model_flops, hardware_flops = trainer.ledger.computed
     return mfu(
-        ledger.model_flops,
+        model_flops,
         clock.seconds('train') + clock.seconds('data'),
         jax.devices()[0],
         trainer.runtime.precision.policy.compute,
         trainer.runtime.mesh.size,
-        hardware_flops=ledger.hardware_flops,
+        hardware_flops=hardware_flops,
     )

@@ -24,7 +24,7 @@ from effjax.core.errors import CheckpointError, ConfigError, TrainingError
 from effjax.core.signals import Stop
 from effjax.costs import Clock, EnergyMeter, Ledger, StepCost, meters
 from effjax.kernels import choices
-from effjax.training import evaluate, resume, schedules
+from effjax.training import evaluate, resume, schedules, teacher
 from effjax.training.checkpoints import Checkpointer
 from effjax.training.compiled import CompiledStep
 from effjax.training.files import plain, write_json_atomic
@@ -67,12 +67,14 @@ class Trainer:
     ):
         self.workdir = make_folder(workdir)
         fresh = not Checkpointer(workdir / 'checkpoints').steps()
-        self.runtime = runtime or Runtime(config, with_source=fresh)
+        known = teacher.recall(config, workdir)
+        self.runtime = runtime or Runtime(known, with_source=fresh)
         self.config = self.runtime.config
         self.seed: Any = self.config['seed']  # what the step takes; batched runs, one a lane
         self.clock = Clock(devices=jax.device_count())
         self.energy = EnergyMeter()
         self.ledger = Ledger()
+        teacher.charge(self.ledger, self.config)
         self.position: dict[str, Any] | None = None
         self.stage = 0
         self.row: dict[str, Any] | None = None  # the last step's row, still to be written
@@ -173,13 +175,16 @@ class Trainer:
         loader = self.runtime.loader(stage, self.position)
         try:
             first = next(loader)
-            with self.clock('compile'):
-                compiled = self.runtime.compile(stage, first[0])
-            self.memory['compiled'] = compiled.memory
-            self.compiler_options = compiled.options
-            self.speed.start(self.ledger.steps, self._seconds())
-            with self.clock('train'):
-                self._steps(stage, compiled, itertools.chain([first], loader))
+            batches = itertools.chain([first], loader)
+            task = self.runtime.task_at(stage.shares(self._used(stage.unit)))
+            while task is not None:  # one compiled step for each
+                with self.clock('compile'):
+                    compiled = self.runtime.compile(stage, first[0], task)
+                self.memory['compiled'] = compiled.memory
+                self.compiler_options = compiled.options
+                self.speed.start(self.ledger.steps, self._seconds())
+                with self.clock('train'):
+                    task = self._steps(stage, compiled, batches, task)
         finally:
             loader.close()
 
@@ -222,8 +227,11 @@ class Trainer:
         origin = self.started['0']
         return dataclasses.replace(stage, start=start, origin=origin)
 
-    def _steps(self, stage: Stage, compiled: CompiledStep, batches: Iterator[Any]) -> None:
-        schedule = self._schedule(stage)
+    def _steps(
+        self, stage: Stage, compiled: CompiledStep, batches: Iterator[Any], task: Any
+    ) -> Any:
+        """Trains on a task to the end of the stage, or to where another takes over: returns it."""
+        schedule, following = self._schedule(stage), None
         evaluations = self.runtime.evaluations(stage)
         flying: collections.deque[_InFlight] = collections.deque()
         if stage.until is not None and self.slope is None:
@@ -233,8 +241,12 @@ class Trainer:
             if self._over(stage, used + size / 2):
                 self.slope = None
                 break  # a run ends with the step that comes nearest to its budget
-            lr = schedule(stage.progress(used + size / 2))
-            self.progress = stage.shares(used + size)
+            progress = stage.shares(used + size)
+            left = self.runtime.task_at(progress, task)
+            if left is not task:
+                following = left
+                break
+            lr, self.progress = schedule(stage.progress(used + size / 2)), progress
             with self.clock('data'):
                 item = next(batches)
             flying.append(self._dispatch(stage, item, compiled, lr))
@@ -251,6 +263,7 @@ class Trainer:
                 if save:
                     self._save()
         self._drain(flying, compiled, stage)
+        return following
 
     def _schedule(self, stage: Stage) -> Callable[[float], Any]:
         return schedules.build(stage.config['schedule'])
@@ -566,7 +579,7 @@ class Trainer:
         """Says what is about to run, where its files go, and from which step it goes on."""
         runtime, first = self.runtime, self.runtime.stages[self.stage]
         model = runtime.models[self.stage]
-        flops = sum(cost.train_flops for cost in runtime.costs(first).values())
+        flops = runtime.step_flops(first)
         how = '; '.join(
             f'{part["repeat"]} x [{", ".join(part["period"])}], layers: {part["layers"]}'
             for part in model.built.model.body.describe()

@@ -19,7 +19,17 @@ from effjax.core.cost import Cost
 from effjax.core.errors import ConfigError
 from effjax.costs import StepCost
 from effjax.costs.reference import reference_seconds
-from effjax.training import ema, evaluate, learning, optimizers, setup, sources, transitions
+from effjax.tasks.distillation import TEACHER
+from effjax.training import (
+    ema,
+    evaluate,
+    learning,
+    optimizers,
+    setup,
+    sources,
+    teacher,
+    transitions,
+)
 from effjax.training import state as state_lib
 from effjax.training import step as step_lib
 from effjax.training.checkpoints import Checkpointer
@@ -83,6 +93,7 @@ class Runtime:
       task: the objective.
       precision: dtypes and loss scaling.
       models: the model of each stage; stages whose models and views are equal share one.
+      frozen: name -> model that the objective needs beside those.
       transitions: stage's index -> the growth that leads to it.
       source: the run that this one begins from, or None.
       source_model: that run's model, at this run's precision and with its optimizer.
@@ -110,9 +121,11 @@ class Runtime:
         self._eval_params: dict[int, Any] = {}
         self._initialisers: dict[int, Any] = {}
         self._record = max(stage.config['seq_len'] for stage in plan(plain))
-        self.config = self._open_data(plain) if with_data else plain
+        config = self._open_data(plain) if with_data else plain
+        self.config = teacher.resolve(config, self.dataset.info if with_data else None)
         self.stages = plan(self.config)
         self.task = setup.build_task(self.config)
+        self.frozen = self._frozen_models()
         self._sequence = self.task.data == 'text'
         self._evaluations = [self._plan_evaluations(s) for s in self.stages] if with_data else []
         self.precision = precision.build(self.config['precision'])
@@ -125,6 +138,8 @@ class Runtime:
         if needed and self.stages[0].config['init_from']:
             self._open_source()
         self.models = self._make_models()
+        for model in self.models if self.frozen else ():
+            self.task = self.task.taught(model.built.model, self.frozen[TEACHER])
         setup.check_sampling(self.config, self.built.model)
         self._check_optimizers()
         self._check_learning()
@@ -146,6 +161,11 @@ class Runtime:
                 )
             if view is not None:
                 self.models[index] = dataclasses.replace(self.models[index], view=view)
+
+    def _frozen_models(self) -> dict[str, models.Built]:
+        """Builds what the objective needs beside the model that is trained: its teacher."""
+        built = teacher.build(self.config, self.mesh)
+        return {} if built is None else {TEACHER: built}
 
     def _make_models(self) -> list[StageModel]:
         """Builds the stages' models, each for the longest rows that any stage will ask for."""
@@ -177,8 +197,8 @@ class Runtime:
         stage = self.stages[0]
         where = f'{stage.where}.init_from'
         source = sources.read(stage.config['init_from'], where, self.config['seed'])
-        shared = {key: self.config[key] for key in ('mesh', 'sharding')}
-        self._of_source = Runtime({**source.config, **shared}, with_data=False, with_source=False)
+        placed = sources.placed(source.config, self.config)
+        self._of_source = Runtime(placed, with_data=False, with_source=False)
         theirs = self._of_source.stages[self._of_source.stage_of(source.manifest)]
         self._source_config = {**stage.config, 'model': theirs.config['model']}
         built = self._build(theirs.config['model'])
@@ -206,8 +226,9 @@ class Runtime:
         """Returns shapes and shardings of the train state of a model."""
         optimizer = self._optimizer(stage, built.meta['params'])
         average = bool(stage.config['ema'])
-        abstract = state_lib.abstract(built, optimizer, self.precision.loss_scale, average)
-        return abstract, state_lib.shardings(built, optimizer, abstract, self.mesh)
+        scale = self.precision.loss_scale
+        abstract = state_lib.abstract(built, optimizer, scale, average, self.frozen)
+        return abstract, state_lib.shardings(built, optimizer, abstract, self.mesh, self.frozen)
 
     def _make_learning(self, stage: Stage, built: models.Built, before: StageModel) -> StageModel:
         """Returns the model of a stage that learns the maps from the one before it."""
@@ -303,7 +324,18 @@ class Runtime:
         """Makes the first state of a config that differs from this run's in its seeds at most."""
         first = config['init_seed']
         key = jax.random.key(config['seed'] if first < 0 else first)
-        return parallel.init_sharded(self._initialiser(index), self.models[index].shardings, key)
+        shardings = self._without_frozen(self.models[index].shardings)
+        state = parallel.init_sharded(self._initialiser(index), shardings, key)
+        return self._with_frozen(state, config)
+
+    def _without_frozen(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Returns a state's tree without the arrays that are read, not made."""
+        made = {k: v for k, v in state['frozen'].items() if k not in self.frozen}
+        return {**state, 'frozen': made}
+
+    def _with_frozen(self, state: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+        read = {name: teacher.load(config, built) for name, built in self.frozen.items()}
+        return {**state, 'frozen': {**state['frozen'], **read}}
 
     def _initialiser(self, index: int) -> Callable[[jax.Array], dict[str, Any]]:
         # One function for all seeds: jax compiles a function once, but not its equals.
@@ -336,7 +368,9 @@ class Runtime:
             ema=bool(self.config['ema']),
             like=model.abstract,
         )
-        return jax.jit(make, out_shardings=model.shardings)(params, state['buffers'], optimizer)
+        shardings = self._without_frozen(model.shardings)
+        first = jax.jit(make, out_shardings=shardings)(params, state['buffers'], optimizer)
+        return self._with_frozen(first, self.config)
 
     def _make_initialiser(self, stage: Stage) -> Callable[[jax.Array], dict[str, Any]]:
         if stage.maps == 'learn':
@@ -451,14 +485,24 @@ class Runtime:
             decay_scales=config['decay_scales'],
         )
 
-    def raw_step(self, stage: Stage) -> Any:
-        """Returns a stage's train step, a pure function to be jitted."""
+    def task_at(self, progress: tuple[float, float], task: Any = None) -> Any:
+        """Returns the objective of what follows once shares of (run, stage) are done.
+
+        Args:
+          progress: both shares.
+          task: the objective so far; None takes the run's.
+        """
+        task = task or self.task
+        return task.at(progress) if hasattr(task, 'at') else task
+
+    def raw_step(self, stage: Stage, task: Any = None) -> Any:
+        """Returns a stage's train step, a pure function to be jitted, for `task_at`'s objective."""
         average = None
         if stage.config['ema']:
             average = functools.partial(ema.update, decay=stage.config['ema'])
         return step_lib.make_train_step(
             self.models[stage.index].built.graphdef,
-            self.task,
+            task or self.task_at((0.0, 0.0)),
             self.optimizer(stage),
             loss_scale=self.precision.loss_scale,
             view=self.models[stage.index].view,
@@ -473,18 +517,33 @@ class Runtime:
         parts = self.task.cost(model.built.model, config['batch_size'], config['seq_len'])
         return {**parts, **model.extra}
 
-    def compile(self, stage: Stage, batch: Mapping[str, jax.Array]) -> CompiledStep:
-        """Compiles a stage's step for a placed batch."""
+    def frozen_costs(self, stage: Stage, task: Any = None) -> dict[str, Any]:
+        """Returns `part -> Cost` of the frozen models' forward passes in one step of a stage."""
+        task = task or self.task_at((0.0, 0.0))
+        if not hasattr(task, 'frozen_cost'):
+            return {}
+        return task.frozen_cost(stage.config['batch_size'], stage.config['seq_len'])
+
+    def step_flops(self, stage: Stage) -> float:
+        """Returns the model FLOPs of a first step of a stage."""
+        trained = sum(cost.train_flops for cost in self.costs(stage).values())
+        return trained + sum(cost.model_flops for cost in self.frozen_costs(stage).values())
+
+    def compile(
+        self, stage: Stage, batch: Mapping[str, jax.Array], task: Any = None
+    ) -> CompiledStep:
+        """Compiles a stage's step for a placed batch, by default with the run's first objective."""
         config, model = stage.config, self.models[stage.index]
         # Of all stages: a table that does not cover a later one is an error now, not then.
         charged = [reference_seconds(s.config) for s in self.stages]
         return compile_train(
-            self.raw_step(stage),
+            self.raw_step(stage, task),
             state=model.abstract,
             shardings=model.shardings,
             batch=batch,
             mesh=self.mesh,
             parts=self.costs(stage),
+            forward=self.frozen_costs(stage, task),
             units=self.task.units(config['batch_size'], config['seq_len']),
             optimizer_flops=self.optimizer(stage).flops(model.abstract['params']),
             options=config['execution']['compiler_options'],

@@ -30,7 +30,9 @@ def check(config: Mapping[str, Any]) -> None:
     lookup(MODELS, config['model']['kind'], 'model', 'config.model.kind')
     lookup(SOURCES, config['data']['kind'], 'data source', 'config.data.kind')
     check_block(PRECISIONS, config['precision'], 'precision', 'config.precision')
-    task = check_block(TASKS, config['task'], 'task', 'config.task')
+    check_block(TASKS, config['task'], 'task', 'config.task')
+    where, block = judged_by(config)
+    task = check_block(TASKS, block, 'task', where)
     for stage in stages.plan(config):
         where, own = stage.where, stage.config
         check_block(OPTIMIZERS, own['optimizer'], 'optimizer', f'{where}.optimizer')
@@ -55,7 +57,7 @@ def check_mesh(config: Mapping[str, Any], mesh: Any, rules: Mapping[str, Any]) -
     from effjax.tasks import TASKS
     from effjax.training import stages
 
-    text = lookup(TASKS, config['task']['kind'], 'task').data == 'text'
+    text = lookup(TASKS, judged_by(config)[1]['kind'], 'task').data == 'text'
     for stage in stages.plan(config):
         parallel.check_batch(
             stage.config['batch_size'],
@@ -64,6 +66,17 @@ def check_mesh(config: Mapping[str, Any], mesh: Any, rules: Mapping[str, Any]) -
             seq_len=stage.config['seq_len'] if text else None,
             rules=rules,
         )
+
+
+def judged_by(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Returns (place in the config, block) of the task that a model is judged by.
+
+    It is the config's task, or the one that a distillation wraps.
+    """
+    block = config['task']
+    if block['kind'] != 'distillation':
+        return 'config.task', block
+    return 'config.task.task', block.get('task', {'kind': 'next_token'})
 
 
 def build_task(config: Mapping[str, Any]) -> Any:
@@ -211,7 +224,7 @@ def _fill_image(model: dict[str, Any], info: Any) -> None:
 
 def _check_model(config: Mapping[str, Any], task: Any) -> None:
     """Checks that the model takes what the task gives and sees what the task means it to see."""
-    kind, model = config['task']['kind'], config['model']['kind']
+    kind, model = judged_by(config)[1]['kind'], config['model']['kind']
     both_ways = getattr(task, 'bidirectional', False)
     fits = 'vit' if task.data == 'image' else 'encoder' if both_ways else 'decoder'
     if model == fits:
@@ -244,7 +257,7 @@ def _check_finish(config: Mapping[str, Any], task: Any) -> None:
         if options[key] and data != 'text':
             raise ConfigError(f'config.finish.{key} is for text, but the task reads {data} data.')
     if getattr(task, 'bidirectional', False):
-        _check_no_text(options, config['task']['kind'])
+        _check_no_text(options, judged_by(config)[1]['kind'])
     if options['gzip'] and config['data']['kind'] in ('prepared', 'mixture'):
         raise ConfigError(
             f'config.finish.gzip needs the text of its documents, which data source '

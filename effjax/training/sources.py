@@ -125,6 +125,16 @@ def read(block: Mapping[str, Any], where: str, seed: int) -> Source:
     )
 
 
+def placed(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a run's config on another run's mesh, with batches that divide over it."""
+    stages = [
+        {key: value for key, value in stage.items() if key not in ('batch_size', 'accumulate')}
+        for stage in theirs['stages']
+    ]
+    shared = {key: mine[key] for key in ('mesh', 'sharding', 'batch_size', 'accumulate')}
+    return {**theirs, **shared, 'stages': stages}
+
+
 def check_tokenizer(source: Source, digest: str) -> None:
     """Checks that a source knew the tokens that this run trains on.
 

@@ -7,7 +7,8 @@ out-shardings, so that nothing is ever whole on one device. A transition between
 both again for another model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,7 +22,13 @@ from effjax.training import ema as ema_lib
 State = dict[str, Any]
 
 
-def abstract(built: Any, optimizer: Any, loss_scale: Any, ema: bool) -> State:
+def abstract(
+    built: Any,
+    optimizer: Any,
+    loss_scale: Any,
+    ema: bool,
+    frozen: Mapping[str, models.Built] = MappingProxyType({}),
+) -> State:
     """Returns the state's shapes and dtypes.
 
     Args:
@@ -29,12 +36,13 @@ def abstract(built: Any, optimizer: Any, loss_scale: Any, ema: bool) -> State:
       optimizer: see `effjax.training.optimizers`.
       loss_scale: dynamic loss scaling, or None.
       ema: whether a moving average of the parameters is kept.
+      frozen: name -> model that the objective needs beside the one that is trained.
     """
     params = built.abstract_state['params']
     return {
         'params': params,
         'buffers': built.abstract_state['buffers'],
-        'frozen': {},
+        'frozen': {name: model.abstract_state for name, model in frozen.items()},
         'optimizer': jax.eval_shape(optimizer.init, params),
         'ema': jax.eval_shape(ema_lib.init, params) if ema else {},
         'loss_scale': jax.eval_shape(loss_scale.init) if loss_scale else {},
@@ -43,14 +51,20 @@ def abstract(built: Any, optimizer: Any, loss_scale: Any, ema: bool) -> State:
     }
 
 
-def shardings(built: Any, optimizer: Any, state: State, mesh: Mesh) -> State:
+def shardings(
+    built: Any,
+    optimizer: Any,
+    state: State,
+    mesh: Mesh,
+    frozen: Mapping[str, models.Built] = MappingProxyType({}),
+) -> State:
     """Returns a sharding for every leaf: moments and average follow their parameters."""
     replicated = parallel.replicated(mesh)
     params = built.shardings['params']
     return {
         'params': params,
         'buffers': built.shardings['buffers'],
-        'frozen': {},
+        'frozen': {name: model.shardings for name, model in frozen.items()},
         'optimizer': optimizer.state_shardings(state['params'], params),
         'ema': ema_lib.shardings(params) if state['ema'] else {},
         'loss_scale': jax.tree.map(lambda _: replicated, state['loss_scale']),
@@ -62,7 +76,10 @@ def shardings(built: Any, optimizer: Any, state: State, mesh: Mesh) -> State:
 def initialiser(
     built: Any, optimizer: Any, loss_scale: Any, ema: bool
 ) -> Callable[[jax.Array], State]:
-    """Returns `f(key) -> state`, to be jitted with the state's shardings."""
+    """Returns `f(key) -> state`, to be jitted with the state's shardings.
+
+    What is frozen is not made but read: `frozen` is empty in it.
+    """
 
     def init(key: jax.Array) -> State:
         _, arrays = models.split(built.make(nnx.Rngs(params=key)))

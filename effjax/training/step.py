@@ -57,11 +57,15 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state['stage'])
         key = jax.random.fold_in(key, state['step'])
 
+        objective = task
+        if hasattr(task, 'given'):
+            objective = task.given(state['frozen'], progress)
+
         def loss_fn(params, rows: Batch, index: jax.Array):
             seen = view(params, state['frozen'], progress) if view else params
             model = nnx.merge(graphdef, seen, state['buffers'])
-            info = task.info(rows, jax.random.fold_in(key, index), True)
-            loss, weight, aux = task.loss(model, rows, info)
+            info = objective.info(rows, jax.random.fold_in(key, index), True)
+            loss, weight, aux = objective.loss(model, rows, info)
             return loss * (scale / elements), (loss, weight, aux)
 
         grad = jax.grad(loss_fn, has_aux=True)

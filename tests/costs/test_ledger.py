@@ -129,3 +129,22 @@ def test_skipped_steps_are_charged_and_counted():
     ledger.add_skipped()
     assert ledger.totals()['skipped'] == 1
     assert ledger.model_flops == 3 * MODEL
+
+
+def test_what_another_run_cost_counts_beside_the_own_steps():
+    ledger, source = Ledger(), stepped(4)
+    ledger.add_source('teacher', source.totals(), seconds=3.0, charged=True)
+    ledger.add_source('init_from', source.totals(), seconds=5.0, charged=False)
+    for _ in range(2):
+        ledger.add_step(STEP, stage='main')
+    assert ledger.steps == 2
+    for name in ('tokens', 'examples', 'model_flops'):
+        assert 2 * getattr(ledger, name) == 3 * getattr(source, name)
+    assert ledger.computed == (2 * MODEL, stepped(2).hardware_flops)
+    totals = ledger.totals()
+    assert [found['model_flops'] for found in totals['sources'].values()] == [4 * MODEL] * 2
+    assert totals['model_flops'] == 6 * MODEL and sum(totals['parts'].values()) == 2 * MODEL
+    assert ledger.source_seconds == 3.0
+    assert Ledger.from_dict(ledger.to_dict()).computed == ledger.computed
+    ledger.add_source('unknown', {'model_flops': 1.0}, charged=True)
+    assert ledger.hardware_flops is None and ledger.reference_seconds is None

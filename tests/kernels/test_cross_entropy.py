@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from effjax.kernels import last_choice, linear_cross_entropy
+from effjax.kernels import Head, last_choice, linear_cross_entropy, linear_divergence
 from effjax.kernels.cross_entropy import cost
 
 # Tiny programs that run once: compiling them well takes longer than running them badly.
@@ -162,3 +162,80 @@ def test_bad_calls_say_what_is_wrong():
     for arrays, call, message in cases:
         with pytest.raises(ValueError, match=message):
             linear_cross_entropy(*arrays, **call)
+
+
+# ---- the divergence of a student from a teacher ------------------------------------------------
+
+
+def heads(dtype=jnp.float32):
+    """A student, a wider teacher with the same vocabulary, and weights."""
+    x, w, b, _, weights = inputs(dtype=dtype)
+    rng = np.random.default_rng(1)
+    tx, tw = (jnp.asarray(rng.normal(size=s), dtype) for s in ((13, 9), (9, 11)))
+    return (x, w, b), Head(tx, tw, soft_cap=3.0), weights.astype(dtype)
+
+
+@pytest.mark.parametrize('temperature', [1.0, 4.0])
+def test_divergence_in_float64(temperature):
+    """The value by its formula in NumPy; the gradient by differences."""
+    with jax.enable_x64(True):
+        (x, w, b), teacher, weights = heads(jnp.float64)
+
+        def kl(x, w, b, chunks=3):
+            return linear_divergence(
+                Head(x, w, b, 2.0), teacher, weights, temperature=temperature, chunks=chunks
+            )
+
+        def softmax(z):
+            e = np.exp(z / temperature)
+            return e / e.sum(-1, keepdims=True)
+
+        def formula(x, w, b):
+            p = softmax(2.0 * np.tanh((x @ w + b) / 2.0))
+            q = softmax(3.0 * np.tanh(teacher.x_ND @ teacher.w_DV / 3.0))
+            return np.sum(np.asarray(weights)[:, None] * q * (np.log(q) - np.log(p)))
+
+        args = tuple(map(np.asarray, (x, w, b)))
+        np.testing.assert_allclose(kl(x, w, b), formula(*args), rtol=1e-12)
+        for chunks in (1, 3):
+            grads = jax.grad(functools.partial(kl, chunks=chunks), (0, 1, 2))(x, w, b)
+            direction = [np.random.default_rng(2).normal(size=a.shape) for a in args]
+            h = 1e-5
+            ends = [
+                formula(*(a + s * h * d for a, d in zip(args, direction, strict=True)))
+                for s in (1, -1)
+            ]
+            slope = sum(np.sum(g * d) for g, d in zip(grads, direction, strict=True))
+            np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * h), rtol=1e-8)
+
+
+@pytest.mark.parametrize('chunks', [1, 4, 50])
+def test_divergence_against_the_reference(chunks):
+    (x, w, b), teacher, weights = heads()
+
+    def run(implementation):
+        def f(x, w, b, weights, teacher):
+            return 0.3 * linear_divergence(
+                Head(x, w, b, 2.0), Head(*teacher, soft_cap=3.0), weights, temperature=2.0,
+                chunks=chunks, implementation=implementation,
+            )  # fmt: skip
+
+        return jit(jax.value_and_grad(f, (0, 1, 2, 3, 4)))(x, w, b, weights, teacher[:2])
+
+    ours, expected = run('chunked'), run('reference')
+    chex.assert_trees_all_close(ours, expected, atol=1e-5)
+    for gradient in ours[1][4]:
+        assert not gradient.any()  # nothing flows into the teacher
+
+
+def test_divergence_refuses():
+    (x, w, _), teacher, weights = heads()
+    for call, message in (
+        ((Head(x, w[:, :5]), teacher, weights), 'one vocabulary, got 5 and 11'),
+        ((Head(x, w), teacher, weights[:4]), 'a weight for each of 13 rows'),
+        ((Head(x, w[:3]), teacher, weights), r'takes x \[N,D\] and w \[D,V\]'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_divergence(*call)
+    with pytest.raises(ValueError, match='temperature must be above 0'):
+        linear_divergence(Head(x, w), teacher, weights, temperature=0.0)
