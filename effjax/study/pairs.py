@@ -4,6 +4,7 @@
 What `tools/pairs.py` found by this for every pair stands in `effjax/pairs.json`; `load` reads it.
 """
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -184,8 +185,13 @@ def tiny(config: Mapping[str, Any]) -> dict[str, Any]:
     Decoders read the bytes of effjax's own core, vision transformers the 8x8 digits.
     """
     out = config_lib.as_dict(config)
+    whole = out['model']
     out['model'] = _shrink(out['model'])
     out |= {'steps': STEPS, 'budget': '', 'batch_size': 8, 'seq_len': 32, 'evals': {}}
+    if out['stages']:
+        out['model']['layers'] = 4  # which a quarter of are one
+        out['stages'] = [_tiny_stage(stage, whole, out['model']) for stage in out['stages']]
+        out['steps'] = sum(stage['steps'] for stage in out['stages'])
     out['log'] |= {'progress': False, 'tensorboard': False}
     if out['model']['kind'] == 'vit':
         out |= {'data': {'kind': 'digits'}, 'task': {'kind': 'classification'}}
@@ -197,6 +203,50 @@ def tiny(config: Mapping[str, Any]) -> dict[str, Any]:
         packing = {'packing': out['data'].get('packing', 'pack')}
         out['data'] = {'kind': 'text', **text, **packing, 'tokenizer': {'kind': 'byte'}}
     return out
+
+
+def _tiny_stage(
+    stage: Mapping[str, Any], whole: Mapping[str, Any], small: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns a stage of one step, its model as much smaller than the run's as it was."""
+    out = {k: v for k, v in stage.items() if k not in ('share', 'budget', 'until', 'batch_size')}
+    out['steps'] = 1
+    if 'model' in stage:
+        out['model'] = _in_proportion(stage['model'], whole, small)
+    if 'seq_len' in stage:
+        out['seq_len'] = 16
+    if isinstance(stage.get('grow'), Mapping) and 'steps' in stage['grow']:
+        # One more to learn maps in.
+        out |= {'steps': 2, 'grow': {**stage['grow'], 'steps': 1}}
+    return out
+
+
+def _in_proportion(value: Any, whole: Any, small: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            k: _in_proportion(v, whole[k], small[k]) if k in whole else v for k, v in value.items()
+        }
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value * small // whole
+    return value
+
+
+def taught(config: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+    """Returns a config whose teacher, where it has one, is a run that is made for it.
+
+    Args:
+      config: of `combine`.
+      folder: an empty folder for the teacher's files.
+    """
+    from effjax.training.session import train
+
+    task = config['task']
+    if task['kind'] != 'distillation':
+        return config
+    inner = task.get('task', {'kind': 'next_token'})
+    with contextlib.suppress(ConfigError):  # the student's refusal is the one that counts
+        train({**config, 'task': inner}, folder)
+    return {**config, 'task': {**task, 'teacher': {**task['teacher'], 'run': str(folder)}}}
 
 
 def _shrink(value: Any, key: str = '') -> Any:
@@ -300,9 +350,11 @@ def build(config: Mapping[str, Any]) -> tuple[str, str]:
     from effjax.training.runtime import Runtime
 
     def made() -> None:
-        config_lib.check_form(config)
-        setup.check(config)
-        Runtime(config)
+        with tempfile.TemporaryDirectory() as folder:
+            whole = taught(dict(config), pathlib.Path(folder))
+            config_lib.check_form(whole)
+            setup.check(whole)
+            Runtime(whole)
 
     return _outcome(made)
 
@@ -324,15 +376,16 @@ def attempt(config: Mapping[str, Any], workdir: pathlib.Path) -> tuple[str, str]
     from effjax.training.loop import Trainer
 
     def trained() -> None:
-        config_lib.check_form(config)
-        setup.check(config)
-        trainer = Trainer(config, workdir)
+        whole = taught(dict(config), workdir / 'teacher')
+        config_lib.check_form(whole)
+        setup.check(whole)
+        trainer = Trainer(whole, workdir / 'run')
         if trainer.run():  # the trainer takes a first Ctrl-C as a wish to save and leave
             raise KeyboardInterrupt
         done = finish.summary(trainer)
-        if done['final_step'] != STEPS or not done['ledger']['model_flops'] > 0:
+        if done['final_step'] != config['steps'] or not done['ledger']['model_flops'] > 0:
             raise StudyError(
-                f'the run ended at step {done["final_step"]} of {STEPS} with '
+                f'the run ended at step {done["final_step"]} of {config["steps"]} with '
                 f'{done["ledger"]["model_flops"]} model FLOPs on its ledger.'
             )
 
