@@ -16,8 +16,8 @@ from effjax.kernels import target
 @pytest.fixture(autouse=True)
 def _quickly(request: pytest.FixtureRequest) -> None:
     """Interpreted kernels run once, after long compiling; what is for a chip stays as it is."""
-    if 'tpu_sharding' not in request.fixturenames:
-        request.getfixturevalue('quick_compile')
+    for_a_chip = 'tpu_sharding' in request.fixturenames
+    request.getfixturevalue('full_compile' if for_a_chip else 'quick_compile')
 
 
 @pytest.fixture
