@@ -5,6 +5,8 @@ exactly one tier and says what it left out; without it everything collected runs
 marked `mesh` in a process that has not 8 simulated devices.
 """
 
+import contextlib
+import gc
 import os
 import pathlib
 import random
@@ -21,8 +23,9 @@ TIERS = ('single', 'mesh', 'ci', 'process', 'slow')
 LIMITS = {'single': 60, 'mesh': 60, 'ci': 180, 'process': 180, 'slow': 0}
 MESH_DEVICES = 8
 _DEVICE_FLAG = '--xla_force_host_platform_device_count'
-# `ci`, `process` and `slow` train for longer, and as XLA compiles for a user.
-UNOPTIMISED = ('single', 'mesh')
+# `process` and `slow` train for longer, and as XLA compiles for a user; so do tests of `ci` that
+# take the fixture `full_compile`.
+UNOPTIMISED = ('single', 'mesh', 'ci')
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tokenizers and packed records made by one test serve the others: keyed by content, never stale.
@@ -86,6 +89,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 _LEFT_OUT = pytest.StashKey[Counter]()
 
 
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: the garbage collector need not walk it each time."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     output = getattr(session.config, 'workeroutput', None)
     if output is not None:  # a worker of xdist tells the process that prints the summary
@@ -126,15 +135,28 @@ def _seeded() -> None:
     np.random.seed(0)
 
 
-@pytest.fixture
-def quick_compile() -> Iterator[None]:
-    """Compiles as `make test` does, without LLVM's passes: for what runs once or twice in `ci`."""
+@contextlib.contextmanager
+def _compiled_quickly(quickly: bool) -> Iterator[None]:
     import jax
 
     before = jax.config.values['jax_disable_most_optimizations']
-    jax.config.update('jax_disable_most_optimizations', True)
+    jax.config.update('jax_disable_most_optimizations', quickly)
     yield
     jax.config.update('jax_disable_most_optimizations', before)
+
+
+@pytest.fixture
+def quick_compile() -> Iterator[None]:
+    """Compiles without LLVM's passes whatever the tier, also where none is named."""
+    with _compiled_quickly(True):
+        yield
+
+
+@pytest.fixture
+def full_compile() -> Iterator[None]:
+    """Compiles as for a user: for what runs for long, and for what is compiled for a chip."""
+    with _compiled_quickly(False):
+        yield
 
 
 @pytest.fixture(scope='session')

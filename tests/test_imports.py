@@ -1,6 +1,7 @@
 """Which part may import which, read from the source, so that lazy imports count too."""
 
 import ast
+import functools
 import json
 import pathlib
 import re
@@ -119,13 +120,21 @@ def modules_taken(imported: Import) -> list[str]:
 
 
 FILES = sorted(PACKAGE.rglob('*.py'))
-IMPORTS = [i for file in FILES for i in imports_of(file)]
-INTERNAL = [i for i in IMPORTS if i.module.split('.')[0] == 'effjax']
-EXTERNAL = [
-    i
-    for i in IMPORTS
-    if i.module.split('.')[0] not in sys.stdlib_module_names and i not in INTERNAL
-]
+
+
+@functools.cache
+def imports() -> list[Import]:
+    """All of them; read by the first test that asks, not by every process that collects tests."""
+    return [i for file in FILES for i in imports_of(file)]
+
+
+def internal() -> list[Import]:
+    return [i for i in imports() if i.module.split('.')[0] == 'effjax']
+
+
+def external() -> list[Import]:
+    ours = {*sys.stdlib_module_names, 'effjax'}
+    return [i for i in imports() if i.module.split('.')[0] not in ours]
 
 
 def allowed(importer: str, module: str) -> bool:
@@ -148,7 +157,7 @@ def test_every_part_has_a_place_in_the_order():
 
 def test_imports_run_one_way():
     wrong = []
-    for imported in INTERNAL:
+    for imported in internal():
         importer = part_of(module_name(imported.file))
         if importer is None:
             continue
@@ -158,7 +167,7 @@ def test_imports_run_one_way():
 
 def test_private_names_stay_in_their_folder():
     wrong = []
-    for imported in INTERNAL:
+    for imported in internal():
         private = [n for n in (*imported.module.split('.'), *imported.names) if is_private(n)]
         if private and part_of(module_name(imported.file)) != part_of(imported.module):
             wrong.append(f'{imported}: {private}')
@@ -190,14 +199,15 @@ def bound_modules(file: pathlib.Path) -> dict[str, str]:
 
 
 def test_kernels_know_arrays_only():
+    inside, outside = internal(), external()
     wrong = [
         str(i)
-        for i in IMPORTS
+        for i in imports()
         if part_of(module_name(i.file)) == 'kernels'
         and not i.module == i.file.stem == 'tokamax'  # an extra, imported where it is asked for
         and (
-            (i in EXTERNAL and i.module.split('.')[0] not in KERNEL_MODULES)
-            or (i in INTERNAL and part_of(i.module) == 'core' and i.module != 'effjax.core.errors')
+            (i in outside and i.module.split('.')[0] not in KERNEL_MODULES)
+            or (i in inside and part_of(i.module) == 'core' and i.module != 'effjax.core.errors')
         )
     ]
     assert not wrong, '\n'.join(wrong)
@@ -208,7 +218,7 @@ def test_every_import_is_a_declared_dependency():
     core = {distribution(r) for r in project['dependencies']}
     extras = {distribution(r) for rs in project['optional-dependencies'].values() for r in rs}
     wrong = []
-    for imported in EXTERNAL:
+    for imported in external():
         name = imported.module.split('.')[0]
         wanted = COMES_WITH.get(name) or DISTRIBUTIONS.get(name) or name
         known = core | extras if imported.lazy else core

@@ -5,7 +5,10 @@ import os
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 import pytest
+from jax._src import callback as callbacks
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
@@ -16,8 +19,27 @@ from effjax.kernels import target
 @pytest.fixture(autouse=True)
 def _quickly(request: pytest.FixtureRequest) -> None:
     """Interpreted kernels run once, after long compiling; what is for a chip stays as it is."""
-    if 'tpu_sharding' not in request.fixturenames:
-        request.getfixturevalue('quick_compile')
+    for_a_chip = 'tpu_sharding' in request.fixturenames
+    request.getfixturevalue('full_compile' if for_a_chip else 'quick_compile')
+
+
+@pytest.fixture(autouse=True)
+def _plain_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreters' memory is numpy behind a callback for each access: it gets numpy arrays.
+
+    What jax does with them instead, arrays on a device for numbers that are read at once, is half
+    of the time of a test. Copies, since the buffers are the program's.
+    """
+
+    def call(*args, result_avals, callback, sharding, ordered):
+        del result_avals, sharding, ordered
+        return [np.asarray(out) for out in callback(*map(np.array, args))]
+
+    to_int = shared_memory._to_int
+    monkeypatch.setattr(callbacks, 'io_callback_impl', call)
+    monkeypatch.setattr(
+        shared_memory, '_to_int', lambda x: int(x) if isinstance(x, np.ndarray) else to_int(x)
+    )
 
 
 @pytest.fixture

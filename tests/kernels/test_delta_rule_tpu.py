@@ -226,6 +226,7 @@ def test_lowers_for_tpu(monkeypatch):
     assert 'tensor<2x384x512xbf16>' in text  # whole chunks and lanes, heads side by side
 
 
+# The second has the least memory for a kernel; the third, by hand, as much as the first.
 CHIPS = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
 AHEAD = [  # all for the first chip, the first for the others too
     ((8, 4096, 16, 128, 128), 'bfloat16'),
@@ -236,7 +237,11 @@ AHEAD = [  # all for the first chip, the first for the others too
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ('topology', 'dims', 'dtype'),
-    [(chip, *case) for chip in CHIPS for case in (AHEAD if chip == CHIPS[0] else AHEAD[:1])],
+    [
+        pytest.param(chip, *case, marks=[pytest.mark.slow] if chip == CHIPS[2] else [])
+        for chip in CHIPS
+        for case in (AHEAD if chip == CHIPS[0] else AHEAD[:1])
+    ],
 )
 def test_compiles_for_a_tpu_ahead(topology, dims, dtype, tpu_sharding, monkeypatch):
     monkeypatch.setattr(tpu_plan, 'CHUNK', CHUNK)

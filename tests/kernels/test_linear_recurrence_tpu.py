@@ -248,6 +248,7 @@ def test_lowers_for_tpu(decay, monkeypatch):
     assert 'tensor<2x384x512xbf16>' in text  # whole chunks and lanes, heads side by side
 
 
+# The second has the least memory for a kernel; the third, by hand, as much as the first.
 CHIPS = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
 AHEAD = [  # all for the first chip, the first two for the others too
     ((8, 4096, 16, 16, 128, 128), 'bfloat16', 'scalar'),
@@ -261,7 +262,11 @@ AHEAD = [  # all for the first chip, the first two for the others too
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ('topology', 'dims', 'dtype', 'decay'),
-    [(chip, *case) for chip in CHIPS for case in (AHEAD if chip == CHIPS[0] else AHEAD[:2])],
+    [
+        pytest.param(chip, *case, marks=[pytest.mark.slow] if chip == CHIPS[2] else [])
+        for chip in CHIPS
+        for case in (AHEAD if chip == CHIPS[0] else AHEAD[:2])
+    ],
 )
 def test_compiles_for_a_tpu_ahead(topology, dims, dtype, decay, tpu_sharding, monkeypatch):
     monkeypatch.setattr(tpu_plan, 'CHUNK', CHUNK)

@@ -233,6 +233,7 @@ def test_lowers(name):
     assert lowered.as_text().count('tpu_custom_call' if tpu else 'custom_call @mosaic_gpu') == 2
 
 
+# The second has the least memory for a kernel; the third, by hand, as much as the first.
 CHIPS = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2')
 AHEAD = [  # all for the first chip, the first for the others too
     ((8, 4096, 4096, 16), 'bfloat16'),
@@ -244,7 +245,11 @@ AHEAD = [  # all for the first chip, the first for the others too
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ('topology', 'dims', 'dtype'),
-    [(chip, *case) for chip in CHIPS for case in (AHEAD if chip == CHIPS[0] else AHEAD[:1])],
+    [
+        pytest.param(chip, *case, marks=[pytest.mark.slow] if chip == CHIPS[2] else [])
+        for chip in CHIPS
+        for case in (AHEAD if chip == CHIPS[0] else AHEAD[:1])
+    ],
 )
 def test_compiles_for_a_tpu_ahead(topology, dims, dtype, tpu_sharding):
     args = shapes(*dims, dtype, sharding=tpu_sharding(topology))

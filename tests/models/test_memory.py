@@ -85,6 +85,7 @@ def test_the_past_is_known_through_memory_alone(make, monkeypatch):
 
 
 @pytest.mark.ci
+@pytest.mark.usefixtures('full_compile')
 def test_it_learns_to_remember(make_decoder, monkeypatch):
     """A fact of the first of three segments is told in the last, by chance without a memory."""
     length, facts = 12, 8

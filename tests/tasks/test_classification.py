@@ -38,6 +38,7 @@ def test_sums_and_smoothing():
 
 
 @pytest.mark.ci
+@pytest.mark.usefixtures('full_compile')
 def test_the_digits_are_learned(repository, tmp_path):
     config = config_lib.load(
         str(repository / 'configs' / 'digits_vit.py'),

@@ -80,6 +80,7 @@ def test_the_head_is_charged_for_labels_only():
 
 
 @pytest.mark.ci
+@pytest.mark.usefixtures('full_compile')
 def test_attention_learns_induction(tmp_path):
     from effjax.training.session import train
 

@@ -24,6 +24,7 @@ def last_losses(folder: pathlib.Path, count: int) -> float:
 
 
 @pytest.mark.ci
+@pytest.mark.usefixtures('full_compile')
 def test_a_tiny_model_falls_below_the_unigram_entropy(tiny, words, tmp_path):
     run = train.run(tiny('steps=300'), tmp_path)
     # Held-out documents of the same words: the loss is well below what counts of bytes can give.
@@ -31,6 +32,7 @@ def test_a_tiny_model_falls_below_the_unigram_entropy(tiny, words, tmp_path):
 
 
 @pytest.mark.ci
+@pytest.mark.usefixtures('full_compile')
 def test_bf16_learns_as_well_as_fp32(tiny, tmp_path):
     for kind in ('fp32', 'bf16'):
         train.run(tiny('steps=1000', f'precision.kind={kind}', 'evals={}'), tmp_path / kind)
