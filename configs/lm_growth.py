@@ -42,10 +42,11 @@ ANEW = dict(warmup=0.05)  # one that begins again, and ends at 0
 
 
 def get_config(variant=''):
-    method, _, size = variant.rpartition('-') if variant.endswith('-tiny') else (variant, '', '')
+    method, _, size = variant.partition('-')
     if variant in SIZES:
         method, size = '', variant
-    if method not in ('', *METHODS) or size not in SIZES:
+    known = variant in SIZES or (method in METHODS and variant in (method, f'{method}-tiny'))
+    if not known:
         raise ConfigError(
             f'configs/lm_growth.py has no variant {variant!r}; it has {", ".join(METHODS)}, each '
             'also with -tiny behind it, and tiny.'

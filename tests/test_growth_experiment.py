@@ -1,0 +1,69 @@
+"""The study of growth: every way to grow ends with one model, is paid for, and trains."""
+
+import pytest
+
+from effjax import train
+from effjax.core import config as config_lib
+from effjax.core.errors import ConfigError
+from effjax.study import pairs, spec
+from effjax.training import setup
+from effjax.training.runtime import Runtime
+from experiments.growth.study import METHODS, arms, get_study
+from experiments.growth_vit.study import get_study as vit_study
+
+
+def load(repository, name):
+    return config_lib.load(str(repository / 'configs' / name))
+
+
+@pytest.mark.parametrize('size', ['', 'tiny'])
+def test_all_ways_end_with_one_model(repository, size):
+    scratch = load(repository, f'lm_growth.py:{size}' if size else 'lm_growth.py')
+    end = f'-{size}' if size else ''
+    for method in METHODS:
+        config = config_lib.as_dict(load(repository, f'lm_growth.py:{method}{end}'))
+        setup.check(config)
+        assert config['model'] == config_lib.as_dict(scratch.model)
+        assert config['budget'] == scratch.budget and config['stages']
+
+
+def test_every_way_can_be_built(repository):
+    """Checked as before a run: the operators can make these changes; nothing is trained."""
+    params = set()
+    for method in ('', *METHODS):
+        name = f'lm_growth.py:{method}-tiny' if method else 'lm_growth.py:tiny'
+        config = config_lib.as_dict(load(repository, name))
+        config['model']['vocab_size'] = 257
+        runtime = Runtime(config, with_data=False)
+        params.add(runtime.params)
+        assert not method or runtime.models[0].params < runtime.params
+    assert len(params) == 1
+
+
+# The others are rows of `effjax.methods`.
+@pytest.mark.ci
+@pytest.mark.parametrize('method', ['gstack', 'append', 'midas', 'aki', 'lemon', 'msg'])
+def test_a_way_trains(repository, tmp_path, method):
+    config = pairs.tiny(load(repository, f'lm_growth.py:{method}'))
+    done = train.run(config, tmp_path)
+    assert done.summary['final_step'] == config['steps']
+    assert len(done.summary['ledger']['stages']) == len(config['stages'])
+
+
+def test_the_studies_are_well_formed(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    for study in (get_study(), vit_study()):
+        spec.check(study)
+        assert study.arms[0].name == 'scratch'
+        for arm in study.arms[1:]:
+            variant = arm.config.partition(':')[2]
+            assert load(repository, f'{study.config.removeprefix("configs/")}:{variant}').stages
+    assert [arm.config for arm in arms(['stack'], 'tiny')] == [
+        'configs/lm_growth.py:tiny', 'configs/lm_growth.py:stack-tiny'
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize('variant', ['stak', 'stack-huge', '-tiny', 'tiny-tiny'])
+def test_other_variants_are_refused(repository, variant):
+    with pytest.raises(ConfigError, match=rf"no variant '{variant}'; it has stack, gstack"):
+        load(repository, f'lm_growth.py:{variant}')
