@@ -55,6 +55,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[tupl
 
 def _differences(old: Any, new: Any, name: str, path: str) -> Iterable[tuple[str, Any, Any]]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
+        if old.get('kind') != new.get('kind'):  # then nothing else of it can be compared
+            yield f'{path}.kind', old.get('kind'), new.get('kind')
+            return
         defaults = _defaults(new, name)
         for key in sorted({*old, *new} - _FREE):
             before, after = (block.get(key, defaults.get(key)) for block in (old, new))
