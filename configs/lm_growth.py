@@ -1,4 +1,4 @@
-"""Growing a language model of Python source: 12.6M parameters in 16 layers, from scratch or grown.
+"""Growing a language model of Python source: 12.5M parameters in 16 layers, from scratch or grown.
 
     python -m effjax.train --config=configs/lm_growth.py:stack
 
@@ -19,13 +19,23 @@ end with the same model after the same model FLOPs, whatever was trained before 
     compound   half the depth, feed-forward width and length, then all of them      CompoundGrow
     ligo       half of both, then maps that 100 steps learn           LiGO
 
-`-tiny` behind a variant (`stack-tiny`, `tiny` alone from scratch) makes a model of 0.1M parameters
-in 4 layers that trains in seconds on a CPU.
+Those that the papers begin from a model that was there anyway have a second form, whose cost is
+free: `gstack_reuse`, `aki_reuse`, `lemon_reuse`, `ligo_reuse`, and `inherit`, where the small model
+is a teacher (Knowledge Inheritance). They need the run of a small model, `quarter`, `narrow` or
+`small` (a quarter of the layers, half the width, half of both; a fifth of the budget):
 
-Cost: 2e15 model FLOPs in all, 18 million bytes of the standard library's source (--dry_run shows
-each stage). AdamW, since the papers used it. Where a paper starts the learning rate anew after
-growing, so does the variant; the small model's is then held at its peak, or decayed where the paper
-grew a finished model.
+    for size in quarter narrow small; do
+      python -m effjax.train --config=configs/lm_growth.py:$size --workdir=runs/lm_growth/$size
+    done
+
+`-tiny` behind a variant (`stack-tiny`, `tiny` alone from scratch) makes a model of 0.2M parameters
+in 4 layers that trains in seconds on a CPU; its small models are looked for in
+runs/lm_growth/quarter-tiny and so on.
+
+Cost: 2e15 model FLOPs in all, from scratch 20 million bytes of the standard library's source
+(--dry_run shows each stage). AdamW, since the papers used it. Where a paper starts the learning rate
+anew after growing, so does the variant; the small model's is then held at its peak, or decayed
+where the paper grew a finished model.
 """
 
 from effjax.core.config import defaults
@@ -45,10 +55,11 @@ def get_config(variant=''):
     method, _, size = variant.partition('-')
     if variant in SIZES:
         method, size = '', variant
-    known = variant in SIZES or (method in METHODS and variant in (method, f'{method}-tiny'))
+    methods = (*METHODS, *SMALL, *REUSE)
+    known = variant in SIZES or (method in methods and variant in (method, f'{method}-tiny'))
     if not known:
         raise ConfigError(
-            f'configs/lm_growth.py has no variant {variant!r}; it has {", ".join(METHODS)}, each '
+            f'configs/lm_growth.py has no variant {variant!r}; it has {", ".join(methods)}, each '
             'also with -tiny behind it, and tiny.'
         )
     width, layers, heads, hidden, seq_len, batch_size = SIZES[size]
@@ -85,9 +96,30 @@ def get_config(variant=''):
         config.precision.kind = 'fp32'  # a CPU is slower in bfloat16
         config.schedule.peak = 1e-2
         config.evals.valid = dict(every_share=0.5, batches=8)
-    if method:
+    if method in METHODS:
         config.stages = METHODS[method](sizes, config)
+    elif method in SMALL:
+        config.model.update(sizes(*SMALL[method]))
+        config.budget = '4e10flops' if size == 'tiny' else '4e14flops'
+    elif method:
+        source, grow = REUSE[method]
+        run = f'runs/lm_growth/{source}{"-tiny" if size else ""}'
+        if grow is None:
+            config.task = _taught(run)
+        else:
+            config.init_from = dict(run=run, charge=False)
+            config.stages = (dict(name='whole', grow=grow, share=1.0),)
     return config
+
+
+def _taught(run):
+    return dict(
+        kind='distillation',
+        task=dict(kind='next_token'),
+        teacher=dict(run=run, charge=False),
+        alpha=0.5,
+        until=0.5,
+    )
 
 
 def stack(sizes, config):
@@ -160,6 +192,16 @@ def ligo(sizes, config):
     )
 
 
+# variant -> (times fewer layers, times less width), of the small models that others begin from
+SMALL = {'quarter': (4, 1), 'narrow': (1, 2), 'small': (2, 2)}
+# variant -> (its small model, the operator; None: it is a teacher)
+REUSE = {
+    'gstack_reuse': ('quarter', dict(kind='stack', moments='reset')),
+    'aki_reuse': ('narrow', dict(kind='aki', moments='reset')),
+    'lemon_reuse': ('narrow', dict(kind='lemon')),
+    'ligo_reuse': ('small', dict(kind='ligo', steps=100)),
+    'inherit': ('quarter', None),
+}
 METHODS = {
     'stack': stack,
     'gstack': gstack,

@@ -9,6 +9,7 @@ from effjax.study import pairs, spec
 from effjax.training import setup
 from effjax.training.runtime import Runtime
 from experiments.growth.study import METHODS, arms, get_study
+from experiments.growth_reuse.study import get_study as reuse_study
 from experiments.growth_vit.study import get_study as vit_study
 
 
@@ -40,6 +41,24 @@ def test_every_way_can_be_built(repository):
     assert len(params) == 1
 
 
+@pytest.mark.ci
+def test_from_small_models_that_are_there(repository, tmp_path, monkeypatch):
+    """The small model, then the large one from it, by learned maps and by its teaching."""
+    monkeypatch.chdir(tmp_path)
+    short = ['budget=1e9flops', 'evals.valid.batches=1', 'log.progress=False']
+    for size in ('small', 'quarter'):
+        config = config_lib.load(str(repository / 'configs' / f'lm_growth.py:{size}-tiny'), short)
+        train.run(config, f'runs/lm_growth/{size}-tiny')
+    short[0] = 'budget=4e9flops'
+    for method, name in (('ligo_reuse', 'init_from'), ('inherit', 'teacher')):
+        config = config_lib.load(str(repository / 'configs' / f'lm_growth.py:{method}-tiny'), short)
+        if method == 'ligo_reuse':
+            config.stages[0]['grow']['steps'] = 1
+        ledger = train.run(config, method).summary['ledger']
+        assert ledger['sources'][name]['charged'] is False
+        assert 2e9 < ledger['model_flops'] < 6e9
+
+
 # The others are rows of `effjax.methods`.
 @pytest.mark.ci
 @pytest.mark.parametrize('method', ['gstack', 'append', 'midas', 'aki', 'lemon', 'msg'])
@@ -52,12 +71,13 @@ def test_a_way_trains(repository, tmp_path, method):
 
 def test_the_studies_are_well_formed(repository, monkeypatch):
     monkeypatch.chdir(repository)
-    for study in (get_study(), vit_study()):
+    for study in (get_study(), vit_study(), reuse_study()):
         spec.check(study)
         assert study.arms[0].name == 'scratch'
         for arm in study.arms[1:]:
             variant = arm.config.partition(':')[2]
-            assert load(repository, f'{study.config.removeprefix("configs/")}:{variant}').stages
+            config = load(repository, f'{study.config.removeprefix("configs/")}:{variant}')
+            assert config.stages or config.task.kind == 'distillation'
     assert [arm.config for arm in arms(['stack'], 'tiny')] == [
         'configs/lm_growth.py:tiny', 'configs/lm_growth.py:stack-tiny'
     ]  # fmt: skip
