@@ -33,8 +33,8 @@ in 4 layers that trains in seconds on a CPU; its small models are looked for in
 runs/lm_growth/quarter-tiny and so on.
 
 Cost: 2e15 model FLOPs in all, from scratch 20 million bytes of the standard library's source
-(--dry_run shows each stage). AdamW, since the papers used it. Where a paper starts the learning rate
-anew after growing, so does the variant; the small model's is then held at its peak, or decayed
+(--dry_run shows each stage). AdamW, since the papers used it. Where a paper starts the learning
+rate anew after growing, so does the variant; the small model's is then held at its peak, or decayed
 where the paper grew a finished model.
 """
 
