@@ -4,7 +4,6 @@ The loop asks for these; a dry run, generation and studies build the same thing.
 changes while training.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,64 +14,18 @@ import numpy as np
 from effjax import data, models, parallel, precision
 from effjax.core import trees
 from effjax.core.config import as_dict
-from effjax.core.cost import Cost
-from effjax.core.errors import ConfigError
 from effjax.costs import StepCost
 from effjax.costs.reference import reference_seconds
 from effjax.tasks.distillation import TEACHER
-from effjax.training import (
-    ema,
-    evaluate,
-    learning,
-    optimizers,
-    setup,
-    sources,
-    teacher,
-    transitions,
-)
+from effjax.training import ema, evaluate, setup, sources, teacher, transitions
 from effjax.training import state as state_lib
 from effjax.training import step as step_lib
 from effjax.training.checkpoints import Checkpointer
 from effjax.training.compiled import CompiledStep, compile_train
+from effjax.training.stage_models import StageModel, StageModels, stage_optimizer, with_shardings
 from effjax.training.stages import Stage, check_learning, plan
 
 DONE = (1.0, 1.0)  # progress of the run and of the stage at their ends
-
-
-@dataclasses.dataclass(frozen=True, eq=False)  # one is another only if it is the same
-class StageModel:
-    """The model of one or several stages, without arrays.
-
-    Attributes:
-      built: what `models.build` returned.
-      abstract: shapes and dtypes of the train state.
-      shardings: a sharding for each of its leaves.
-      view: what the model is given of the state's parameters (`step.View`); None: them all.
-      meta: metadata of the state's parameters, where they are not the model's.
-      extra: what a view computes: part -> cost of a forward pass.
-    """
-
-    built: models.Built
-    abstract: dict[str, Any]
-    shardings: dict[str, Any]
-    view: step_lib.View | None = None
-    meta: Any = None
-    extra: Mapping[str, Cost] = dataclasses.field(default_factory=dict)
-
-    @property
-    def params(self) -> int:
-        """Number of parameters."""
-        return trees.count(self.built.abstract_state['params'])
-
-    def abstract_sharded(self) -> dict[str, Any]:
-        """Returns the state's shapes with shardings: what a restore needs."""
-        return _with_shardings(self.abstract, self.shardings)
-
-
-def _with_shardings(abstract: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
 
 
 class Runtime:
@@ -129,7 +82,14 @@ class Runtime:
         self._sequence = self.task.data == 'text'
         self._evaluations = [self._plan_evaluations(s) for s in self.stages] if with_data else []
         self.precision = precision.build(self.config['precision'])
-        self.transitions: dict[int, transitions.Transition] = {}
+        self._maker = StageModels(
+            self.config,
+            self.stages,
+            self.mesh,
+            self.precision.loss_scale,
+            self.frozen,
+            self._record,
+        )
         self.source: sources.Source | None = None
         self.source_model: StageModel | None = None
         self._source_config: dict[str, Any] = {}
@@ -137,60 +97,19 @@ class Runtime:
         needed = with_source or self.stages[0].maps == 'learn'
         if needed and self.stages[0].config['init_from']:
             self._open_source()
-        self.models = self._make_models()
+        begin = (self._source_config, self.source_model) if self.source_model else None
+        self.models, self.transitions = self._maker.make(begin)
         for model in self.models if self.frozen else ():
             self.task = self.task.taught(model.built.model, self.frozen[TEACHER])
         setup.check_sampling(self.config, self.built.model)
-        self._check_optimizers()
         self._check_learning()
-        self._show_views()
         if self.source is not None:
             self._check_source(self.source)
-
-    def _show_views(self) -> None:
-        """Gives the models of stages that let growth in by and by their view of the parameters.
-
-        A stage without growth behind such a one has the same model, but no view: it sees it all.
-        """
-        for index, transition in self.transitions.items():
-            view, stage = transition.view, transition.stage
-            if view is not None and stage.until is not None:
-                raise ConfigError(
-                    f'{stage.where}.until would end the stage before {transition.operator.name!r} '
-                    'has let all of the growth in; give until to a stage behind it.'
-                )
-            if view is not None:
-                self.models[index] = dataclasses.replace(self.models[index], view=view)
 
     def _frozen_models(self) -> dict[str, models.Built]:
         """Builds what the objective needs beside the model that is trained: its teacher."""
         built = teacher.build(self.config, self.mesh)
         return {} if built is None else {TEACHER: built}
-
-    def _make_models(self) -> list[StageModel]:
-        """Builds the stages' models, each for the longest rows that any stage will ask for."""
-        out: list[StageModel] = []
-        for stage in self.stages:
-            if out and stage.grow is None:
-                out.append(out[-1])
-                continue
-            built = self._build(stage.config['model'])
-            before, config = self.source_model, self._source_config
-            if out:
-                before, config = out[-1], self.stages[stage.index - 1].config
-            if stage.grow is not None and before is not None:
-                pair, learned = (before.built, built), self.transitions.get(stage.index - 1)
-                self.transitions[stage.index] = transitions.plan(stage, config, pair, learned)
-            if stage.maps == 'learn':
-                assert before is not None
-                out.append(self._make_learning(stage, built, before))
-            else:
-                out.append(StageModel(built, *self._make_state(stage, built)))
-        return out
-
-    def _build(self, block: Mapping[str, Any]) -> models.Built:
-        longest = {**self.config, 'model': block, 'seq_len': self._record}
-        return models.build(longest, mesh=self.mesh)
 
     def _open_source(self) -> None:
         """Reads what the run that this one begins from says of itself."""
@@ -201,13 +120,7 @@ class Runtime:
         self._of_source = Runtime(placed, with_data=False, with_source=False)
         theirs = self._of_source.stages[self._of_source.stage_of(source.manifest)]
         self._source_config = {**stage.config, 'model': theirs.config['model']}
-        built = self._build(theirs.config['model'])
-        self.source = source
-        self.source_model = StageModel(built, *self._make_state(self._first_kept(), built))
-
-    def _first_kept(self) -> Stage:
-        """Returns the first stage with the run's optimizer, which one that learns maps has not."""
-        return next(stage for stage in self.stages if stage.maps != 'learn')
+        self.source, self.source_model = source, self._maker.of_source(theirs.config['model'])
 
     def _check_source(self, source: sources.Source) -> None:
         """Checks that the run that this one begins from fits it."""
@@ -221,34 +134,6 @@ class Runtime:
             built = (self.source_model.built, first.built)
             params = (built[0].abstract_state['params'], built[1].abstract_state['params'])
             sources.check_model(source, blocks, params)
-
-    def _make_state(self, stage: Stage, built: models.Built) -> tuple[Any, Any]:
-        """Returns shapes and shardings of the train state of a model."""
-        optimizer = self._optimizer(stage, built.meta['params'])
-        average = bool(stage.config['ema'])
-        scale = self.precision.loss_scale
-        abstract = state_lib.abstract(built, optimizer, scale, average, self.frozen)
-        return abstract, state_lib.shardings(built, optimizer, abstract, self.mesh, self.frozen)
-
-    def _make_learning(self, stage: Stage, built: models.Built, before: StageModel) -> StageModel:
-        """Returns the model of a stage that learns the maps from the one before it."""
-        transition = self.transitions[stage.index]
-        assert isinstance(transition, transitions.ToMaps)
-        change = transition.change
-        trained = learning.as_trained(transition.operator, change, built, self.mesh)
-        abstract, shardings = self._make_state(stage, trained)
-        for state, small in ((abstract, before.abstract), (shardings, before.shardings)):
-            state['frozen'] = {**small['frozen'], learning.SMALL: small['params']}
-        view = learning.view_of(change, built)
-        cost = learning.cost(view, abstract['params'], before.abstract['params'])
-        return StageModel(
-            dataclasses.replace(built, fallbacks=trained.fallbacks),
-            abstract,
-            shardings,
-            view,
-            trained.meta['params'],
-            {learning.PART: cost.times(stage.config['accumulate'])},
-        )
 
     @property
     def built(self) -> models.Built:
@@ -277,22 +162,6 @@ class Runtime:
         for stage in later:
             setup.check_same_data(self.dataset.info, self._dataset(stage.config).info, stage.where)
         return setup.resolve(plain, self.dataset.info)
-
-    def _check_optimizers(self) -> None:
-        """Checks that every stage's optimizer keeps the state that the first one made."""
-        for stage in self.stages[1:]:
-            expected = self.models[stage.index].abstract
-            first = trees.flatten(expected['optimizer'])
-            structure: Any = jax.tree.structure(expected['optimizer'])
-            state = self.optimizer(stage).abstract_state(expected['params'])
-            wrong = trees.differences(first, trees.flatten(state))
-            wrong += [] if jax.tree.structure(state) == structure else ['other parts']
-            if wrong:
-                raise ConfigError(
-                    f"{stage.where}.optimizer changes the form of the optimizer's "
-                    f'state ({wrong[0]}), which goes on from stage to stage; set what it stores '
-                    'in config.optimizer, for all stages.'
-                )
 
     def _check_learning(self) -> None:
         """Checks that a phase that learns maps fits into its stage, where its steps are known."""
@@ -363,7 +232,7 @@ class Runtime:
             params, optimizer = theirs.eval_params(state, index, source.progress), None
         make = functools.partial(
             state_lib.with_arrays,
-            optimizer=self._optimizer(self._first_kept(), model.built.meta['params']),
+            optimizer=self._maker.source_optimizer(model),
             loss_scale=self.precision.loss_scale,
             ema=bool(self.config['ema']),
             like=model.abstract,
@@ -387,9 +256,8 @@ class Runtime:
 
     def _small_source(self) -> Callable[[jax.Array], dict[str, Any]]:
         assert self.source_model is not None
-        stage = self._first_kept()
-        optimizer = self._optimizer(stage, self.source_model.built.meta['params'])
-        scale, average = self.precision.loss_scale, bool(stage.config['ema'])
+        optimizer = self._maker.source_optimizer(self.source_model)
+        scale, average = self.precision.loss_scale, bool(self.config['ema'])
         return state_lib.initialiser(self.source_model.built, optimizer, scale, average)
 
     def stage_of(self, manifest: Mapping[str, Any]) -> int:
@@ -403,7 +271,7 @@ class Runtime:
     def given(self, index: int) -> dict[str, Any]:
         """Returns the shapes, with shardings, of what the model of a stage is given."""
         built = self.models[index].built
-        return _with_shardings(built.abstract_state, built.shardings)
+        return with_shardings(built.abstract_state, built.shardings)
 
     def transition(self, stage: Stage) -> tuple[Any, StepCost]:
         """Returns (compiled `state -> state` of a stage that grows its model, what it costs)."""
@@ -474,16 +342,7 @@ class Runtime:
     def optimizer(self, stage: Stage) -> Any:
         """Returns the optimizer with a stage's settings."""
         model = self.models[stage.index]
-        return self._optimizer(stage, model.meta or model.built.meta['params'])
-
-    def _optimizer(self, stage: Stage, meta: Any) -> Any:
-        config = stage.config
-        return optimizers.build(
-            config['optimizer'],
-            meta=meta,
-            lr_scales=config['lr_scales'],
-            decay_scales=config['decay_scales'],
-        )
+        return stage_optimizer(stage, model.meta or model.built.meta['params'])
 
     def task_at(self, progress: tuple[float, float], task: Any = None) -> Any:
         """Returns the objective of what follows once shares of (run, stage) are done.
