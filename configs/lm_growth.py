@@ -103,6 +103,8 @@ def get_config(variant=''):
         config.budget = '4e10flops' if size == 'tiny' else '4e14flops'
     elif method:
         source, grow = REUSE[method]
+        if method == 'ligo_reuse' and size == 'tiny':
+            grow = dict(grow, steps=10)
         run = f'runs/lm_growth/{source}{"-tiny" if size else ""}'
         if grow is None:
             config.task = _taught(run)

@@ -228,7 +228,7 @@ class Ledger:
             out = _add(out, entry['reference_seconds'])
         for source in self._charged():
             out = _add(out, source['reference_seconds'])
-        return out if self._stages else None
+        return out if self._stages or self._charged() else None
 
     def totals(self) -> dict[str, Any]:
         """Returns the sums that summary.json shows, with `parts`, `forward` and `stages`."""

@@ -23,7 +23,7 @@ from effjax.costs.reference import reference_seconds
 from effjax.study import plan
 from effjax.study.records import Cell
 from effjax.study.spec import AXES, Arm, Study, direction
-from effjax.training import schedules, setup, teacher
+from effjax.training import checkpoints, schedules, setup, teacher
 from effjax.training.batched import VARYING
 from effjax.training.runtime import Runtime
 
@@ -71,7 +71,7 @@ def examine(study: Study) -> dict[str, Facts]:
                 'compared; give all arms the same held-out data, tokenizer, seq_len and '
                 'evals.<name>.batch_size.'
             )
-        tasks = [f.resolved['task']['kind'] for f in (first, fact)]
+        tasks = [setup.judged_by(f.resolved)[1]['kind'] for f in (first, fact)]
         if tasks[0] != tasks[1]:
             raise StudyError(
                 f'arm {name!r} has the task {tasks[1]!r} and {study.baseline.name!r} {tasks[0]!r}, '
@@ -164,6 +164,11 @@ def _arm(study: Study, arm: Arm) -> Facts:
         check_form(job.config)
         setup.check(job.config)
         runtime = Runtime(job.config)
+        if arm.source_run and runtime.source is not None and runtime.source.charge:
+            raise StudyError(
+                f'its source_run {arm.source_run!r} is charged in a column of its own, and '
+                'init_from.charge pays for it in the budget too; set charge to False.'
+            )
         digest = _evaluation(study, runtime)
         _check_tuning(study, arm)
         steps = _steps(study, runtime)
@@ -193,10 +198,25 @@ def _arm(study: Study, arm: Arm) -> Facts:
 
 def _inputs(study: Study, runtime: Runtime, evaluation: str) -> dict[str, str]:
     found = {'data': runtime.data_digest, f'evaluation {evaluation_of(study)}': evaluation}
+    found |= _others(runtime)
     if runtime.config['reference']:
         table = pathlib.Path(runtime.config['reference']).read_bytes()
         found['reference'] = hashlib.sha256(table).hexdigest()[:16]
     return found
+
+
+def _others(runtime: Runtime) -> dict[str, str]:
+    """Returns digests of the checkpoints that an arm's runs begin from, or are taught by."""
+    runs = {}
+    if runtime.source is not None:
+        runs['init_from'] = (runtime.source.folder, runtime.source.step)
+    block = teacher.block_of(runtime.config)
+    if block is not None:
+        runs['teacher'] = (pathlib.Path(block['run']), block['step'])
+    return {
+        name: checkpoints.digest(folder / 'checkpoints', step)
+        for name, (folder, step) in runs.items()
+    }
 
 
 def evaluation_of(study: Study) -> str:
@@ -272,6 +292,8 @@ def _steps(study: Study, runtime: Runtime) -> int | None:
             )
     one = sizes[study.axis]
     left = study.budget - (teacher.spent(runtime.config, study.axis) or 0.0)
+    if runtime.source is not None and runtime.source.charge:
+        left -= runtime.source.used(study.axis)
     return round(left / one) if one else 0
 
 

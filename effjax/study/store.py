@@ -123,6 +123,14 @@ def codes_of(job: Job, out: pathlib.Path) -> list[str]:
     return found.get('codes') or ([found['code']] if found else [])  # older notes have one
 
 
+_INPUTS = {
+    'data': 'training data',
+    'reference': 'table of reference time',
+    'init_from': 'run that it begins from',
+    'teacher': 'run of its teacher',
+}
+
+
 def _check_inputs(
     job: Job, folder: pathlib.Path, made: Mapping[str, str], now: Mapping[str, str]
 ) -> None:
@@ -133,7 +141,8 @@ def _check_inputs(
         held_out = data.get('valid_path') if key.startswith('evaluation') else ''
         name = held_out or data.get('path') or data['kind']
         name = job.config['reference'] if key == 'reference' else name
-        what = {'data': 'training data', 'reference': 'table of reference time'}.get(key)
+        name = f'the newest checkpoint of {key}' if key in ('init_from', 'teacher') else name
+        what = _INPUTS.get(key)
         raise StudyError(
             f'{folder} was made before the {what or "held-out data"} changed: {name} holds '
             f'something else now (digest {made[key][:16]} then, {digest[:16]} now); put the old '

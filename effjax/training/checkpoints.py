@@ -9,6 +9,7 @@ the one before. The folder must be one that all processes see.
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import pathlib
 import shutil
@@ -332,10 +333,15 @@ def read_manifest(folder: str | pathlib.Path, step: int | None = None) -> dict[s
       CheckpointError: there is none.
     """
     folder = pathlib.Path(folder).absolute()
-    steps = _completed(folder) if step is None else [step]
-    for candidate in reversed(steps):
-        if not checksums.problem(folder / str(candidate), under='manifest/'):
-            return _read(folder, candidate, manifest=ocp.args.JsonRestore())['manifest']
+    chosen = None
+    if jax.process_index() == 0:
+        for candidate in reversed(_completed(folder) if step is None else [step]):
+            if not checksums.problem(folder / str(candidate), under='manifest/'):
+                chosen = candidate
+                break
+    chosen = _from_first(chosen)
+    if chosen is not None:
+        return _read(folder, chosen, manifest=ocp.args.JsonRestore())['manifest']
     which = '' if step is None else f' of step {step}'
     raise CheckpointError(
         f'no valid checkpoint{which} in {folder}; give a folder that holds one, such as '
@@ -354,6 +360,12 @@ def read_extra(folder: str | pathlib.Path, step: int) -> dict[str, Any]:
     if wrong:
         raise CheckpointError(f'checkpoint {folder / str(step)} cannot be used: {wrong}.')
     return _read(folder, step, extra=ocp.args.JsonRestore())['extra']
+
+
+def digest(folder: str | pathlib.Path, step: int) -> str:
+    """Names the content of the checkpoint of a step, by the checksums that were kept of it."""
+    file = pathlib.Path(folder) / str(step) / checksums.FILE
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _read(folder: pathlib.Path, step: int, **items: Any) -> Any:

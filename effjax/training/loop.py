@@ -66,7 +66,8 @@ class Trainer:
         self, config: Mapping[str, Any], workdir: pathlib.Path, runtime: Runtime | None = None
     ):
         self.workdir = make_folder(workdir)
-        fresh = not Checkpointer(workdir / 'checkpoints').steps()
+        parallel.initialize()  # all processes take the first one's answer
+        fresh = Checkpointer(workdir / 'checkpoints').latest() is None
         known = teacher.recall(config, workdir)
         self.runtime = runtime or Runtime(known, with_source=fresh)
         self.config = self.runtime.config
@@ -129,6 +130,7 @@ class Trainer:
             self._open_outputs()
             try:
                 self.state = restored or self._first_state()
+                del restored  # growing does not donate: it would live on beside what it becomes
                 self._evaluate_left()
                 self._run_stages()
                 self._save(block=True)
@@ -161,13 +163,14 @@ class Trainer:
         return self.state
 
     def _run_stage(self, stage: Stage) -> None:
-        # Learned maps are used, even if learning them took all of their stage.
-        due = stage.maps == 'use' and self.stage == stage.index - 1
+        # A run ends with the model that it says, even if the stages before took all that was left.
+        ahead = self.runtime.stages[self.stage + 1 : stage.index + 1]
+        due = any(later.grow is not None for later in ahead)
         if stage.index < self.stage or (self._over(stage, self._used(stage.unit)) and not due):
             return  # resumed after its end
         if stage.index <= self.ended:
             return
-        for later in self.runtime.stages[self.stage + 1 : stage.index + 1]:
+        for later in ahead:
             self._enter(later)
         stage = self._as_started(stage)
         if self.position is None:
@@ -224,7 +227,7 @@ class Trainer:
     def _as_started(self, stage: Stage) -> Stage:
         """Returns a stage with the start that it really had, which the one before decides."""
         start = self.started.setdefault(str(stage.index), self._used(stage.unit))
-        origin = self.started['0']
+        origin = self.started.setdefault('0', start)
         return dataclasses.replace(stage, start=start, origin=origin)
 
     def _steps(

@@ -65,7 +65,7 @@ def check_config(found: Mapping[str, Any], config: Mapping[str, Any], where: Any
         if key == 'data':
             old, new = _content(old), _content(new)
         keys += changed(old, new, key)
-    keys += changed(found.get('init_from') or {}, config['init_from'], 'init_from')
+    keys += changed(found.get('init_from') or {}, config.get('init_from') or {}, 'init_from')
     keys += changed(_growth(found.get('stages')), _growth(config['stages']), 'stages')
     if keys:
         more = f' (and {len(keys) - 5} more)' if len(keys) > 5 else ''
@@ -82,9 +82,10 @@ def settings_changed(found: Mapping[str, Any], config: Mapping[str, Any]) -> lis
 
 
 def _growth(stages: Any) -> dict[str, Any]:
-    """Returns what stages say of the model: its sizes and how it gets them."""
+    """Returns what stages say of the model: its sizes, and how and from where it gets them."""
     said = (
-        {key: stage[key] for key in ('model', 'grow') if key in stage} for stage in stages or ()
+        {key: stage[key] for key in ('model', 'grow', 'init_from') if key in stage}
+        for stage in stages or ()
     )
     return {str(i): facts for i, facts in enumerate(said) if facts}
 

@@ -95,7 +95,7 @@ class Runtime:
         self._source_config: dict[str, Any] = {}
         # The form of LiGO's maps depends on the small model, wherever a run goes on.
         needed = with_source or self.stages[0].maps == 'learn'
-        if needed and self.stages[0].config['init_from']:
+        if needed and self.stages[0].config.get('init_from'):
             self._open_source()
         begin = (self._source_config, self.source_model) if self.source_model else None
         self.models, self.transitions = self._maker.make(begin)
@@ -103,7 +103,7 @@ class Runtime:
             self.task = self.task.taught(model.built.model, self.frozen[TEACHER])
         setup.check_sampling(self.config, self.built.model)
         self._check_learning()
-        if self.source is not None:
+        if self.source is not None and with_source:
             self._check_source(self.source)
 
     def _frozen_models(self) -> dict[str, models.Built]:
@@ -125,11 +125,15 @@ class Runtime:
     def _check_source(self, source: sources.Source) -> None:
         """Checks that the run that this one begins from fits it."""
         stage, first = self.stages[0], self.models[0]
-        sources.check_charge(source, stage.unit, stage.end)
+        more = teacher.spent(self.config, stage.unit) or 0.0
+        sources.check_charge(source, stage.unit, stage.end, more)
+        index = self._of_source.stage_of(source.manifest)
+        theirs = self._of_source.models[index]
+        assert self.source_model is not None
+        sources.check_arrays(source, theirs, self.source_model)
         if self._evaluations and self.task.data == 'text':
             sources.check_tokenizer(source, self.dataset.info.tokenizer.digest)
         if stage.grow is None:
-            assert self.source_model is not None
             blocks = (self._source_config['model'], stage.config['model'])
             built = (self.source_model.built, first.built)
             params = (built[0].abstract_state['params'], built[1].abstract_state['params'])
@@ -168,10 +172,17 @@ class Runtime:
         for stage in (s for s in self.stages if s.limit):
             config = stage.config
             examples, tokens = self.task.units(config['batch_size'], config['seq_len'])
-            flops = sum(cost.train_flops for cost in self.costs(stage).values())
-            sizes = {'examples': examples, 'tokens': tokens, 'model_flops': flops}
+            sizes = {
+                'examples': examples, 'tokens': tokens, 'model_flops': self.step_flops(stage)
+            }  # fmt: skip
             if stage.unit in sizes:
-                check_learning(stage, stage.end - stage.start, sizes[stage.unit])
+                start = max(stage.start, self._charged(stage.unit))
+                check_learning(stage, stage.end - start, sizes[stage.unit])
+
+    def _charged(self, unit: str) -> float:
+        """What of a budget other runs have used before the first step."""
+        source = self.source.used(unit) if self.source and self.source.charge else 0.0
+        return source + (teacher.spent(self.config, unit) or 0.0)
 
     @property
     def data_digest(self) -> str:

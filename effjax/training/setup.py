@@ -41,7 +41,8 @@ def check(config: Mapping[str, Any]) -> None:
         if stage.grow is not None:
             transitions.operator(stage)
         if stage.index == 0 and own['init_from']:
-            sources.check(own['init_from'], f'{where}.init_from', stage.unit)
+            sources.check(own['init_from'], f'{where}.init_from', stage.unit, stage.grow)
+    _check_teacher(config)
     _check_evals(config)
     _check_model(config, task)
     _check_finish(config, task)
@@ -65,6 +66,18 @@ def check_mesh(config: Mapping[str, Any], mesh: Any, rules: Mapping[str, Any]) -
             accumulate=stage.config['accumulate'],
             seq_len=stage.config['seq_len'] if text else None,
             rules=rules,
+        )
+
+
+def _check_teacher(config: Mapping[str, Any]) -> None:
+    """Checks that nothing is given of a teacher that only its run can say."""
+    from effjax.tasks.distillation import FOUND, TEACHER
+
+    block = config['task'].get(TEACHER) if config['task']['kind'] == 'distillation' else None
+    given = sorted({*FOUND} & {*(block or {})})
+    if given:
+        raise ConfigError(
+            f'config.task.teacher.{given[0]} is found in the run that teaches; leave it out.'
         )
 
 

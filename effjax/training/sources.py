@@ -58,13 +58,16 @@ class Source:
         return self.seconds if unit == 'seconds' else float(self.totals.get(unit) or 0.0)
 
 
-def check(block: Mapping[str, Any], where: str, unit: str) -> None:
+def check(
+    block: Mapping[str, Any], where: str, unit: str, grow: Mapping[str, Any] | None = None
+) -> None:
     """Checks the form of `init_from`.
 
     Args:
       block: the block, which is not empty.
       where: its place in the config.
       unit: what the run's extent is counted in.
+      grow: the block of the operator that the first stage begins with, or None.
 
     Raises:
       ConfigError: an unknown, missing or mistyped key, or a cost that this unit cannot count.
@@ -84,6 +87,13 @@ def check(block: Mapping[str, Any], where: str, unit: str) -> None:
     if block.get('optimizer', 'reset') not in ('reset', 'keep'):
         raise ConfigError(
             f"{where}.optimizer must be 'reset' or 'keep', got {block['optimizer']!r}."
+        )
+    grow = grow or {}
+    fresh = grow.get('kind') == 'ligo' or grow.get('moments') == 'reset'
+    if fresh and block.get('optimizer') == 'keep':
+        raise ConfigError(
+            f"{where}.optimizer: 'keep' goes on with moments that growing makes anew here; leave "
+            "it out, or grow them too (moments='grow')."
         )
     if block['charge'] and unit in ('steps', 'joules'):
         raise ConfigError(
@@ -111,14 +121,16 @@ def read(block: Mapping[str, Any], where: str, seed: int) -> Source:
         extra = checkpoints.read_extra(folder / 'checkpoints', int(manifest['step']))
     except CheckpointError as e:
         raise ConfigError(f'{where}.run: {e}') from e
+    ledger = Ledger.from_dict(extra['ledger'])
+    own = extra['clock']['train'] + extra['clock']['data']
     return Source(
         folder,
         where,
         config=json.loads(file.read_text()),
         step=int(manifest['step']),
         manifest=manifest,
-        totals=Ledger.from_dict(extra['ledger']).totals(),
-        seconds=extra['clock']['train'] + extra['clock']['data'],
+        totals=ledger.totals(),
+        seconds=own + ledger.source_seconds,
         progress=tuple(extra.get('progress', (1.0, 1.0))),
         charge=block['charge'],
         keeps_optimizer=block['optimizer'] == 'keep',
@@ -179,19 +191,53 @@ def check_model(
         )
 
 
-def check_charge(source: Source, unit: str, end: float) -> None:
+def check_arrays(source: Source, theirs: Any, mine: Any) -> None:
+    """Checks that a source's arrays are those of its model as this run builds it.
+
+    Args:
+      source: the run.
+      theirs: its `StageModel` by its own config.
+      mine: the same model's by this run's config: for rows of this length.
+
+    Raises:
+      ConfigError: they differ, or not all of the source's model is used yet.
+    """
+    found, expected = (trees.flatten(m.built.abstract_state['params']) for m in (theirs, mine))
+    for name, leaf in expected.items():
+        if name in found and found[name].shape != leaf.shape:
+            raise ConfigError(
+                f'{source.where}: {name} of {source.folder} is {found[name].shape}, but '
+                f'{leaf.shape} for the rows of this run; give both the same config.seq_len, or the '
+                'same config.model.max_len.'
+            )
+    if theirs.view is not None and source.keeps_optimizer and source.progress[1] < 1:
+        raise ConfigError(
+            f'{source.where}.optimizer: {source.folder} was stopped while its growth was being let '
+            "in, and 'keep' would show all of it at once; let it go on first, or leave it out."
+        )
+
+
+def check_charge(source: Source, unit: str, end: float, more: float = 0.0) -> None:
     """Checks that a source leaves something of the first stage to this run.
 
     Args:
       source: the run.
       unit: what this run's extent is counted in.
       end: where the first stage ends.
+      more: what else this run is charged before its first step.
 
     Raises:
-      ConfigError: it leaves nothing.
+      ConfigError: it leaves nothing, or its cost is not known in this unit.
     """
-    used = source.used(unit)
-    if source.charge and used >= end:
+    if not source.charge:
+        return
+    if unit != 'seconds' and source.totals.get(unit) is None:
+        raise ConfigError(
+            f'{source.where}.charge: what {source.folder} has used is not known in {unit}, which '
+            'config.budget counts; count flops or tokens, or set charge to False.'
+        )
+    used = source.used(unit) + more
+    if used >= end:
         raise ConfigError(
             f'{source.where}: {source.folder} has used {used:g} {unit}, and the first stage ends '
             f'at {end:g}; raise the budget, or set charge to False.'

@@ -124,6 +124,8 @@ class StageModels:
                 out.append(self._learning(led[stage.index], built, before[1]))
             else:
                 out.append(StageModel(built, *self._state(stage, built)))
+            if before is not None and stage.grow is not None and not stage.maps:
+                _check_moments(led[stage.index], before[1], out[-1])
         self._check_optimizers(out)
         for index, transition in led.items():
             # A stage without growth behind one with a view has the same model, and sees it all.
@@ -194,6 +196,21 @@ class StageModels:
                     f'state ({wrong[0]}), which goes on from stage to stage; set what it stores '
                     'in config.optimizer, for all stages.'
                 )
+
+
+def _check_moments(
+    transition: transitions.Transition, before: StageModel, after: StageModel
+) -> None:
+    """Checks that moments which are grown have the form that the stage's optimizer keeps."""
+    if transition.moments == 'reset':
+        return
+    forms: list[Any] = [jax.tree.structure(m.abstract['optimizer']) for m in (before, after)]
+    if forms[0] != forms[1]:
+        raise ConfigError(
+            f'{transition.stage.where}.optimizer keeps another state than the stage before, whose '
+            'moments it grows; set what it stores in config.optimizer, for all stages, or '
+            "grow.moments='reset'."
+        )
 
 
 def _view(transition: transitions.Transition) -> View | None:

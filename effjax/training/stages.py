@@ -138,7 +138,9 @@ def _with_learning(stage: Stage, before: Mapping[str, Any]) -> list[Stage]:
         'lr_scales': (),
         'decay_scales': (),
         'ema': 0.0,
-        'grown_from': before.get('model'),  # a step's time depends on it (`costs.reference`)
+        'grown_from': before.get(
+            'model', 'init_from'
+        ),  # a step's time depends on it (`costs.reference`)
     }
     counted = stage.unit == 'steps'
     phase = Stage(
@@ -299,7 +301,7 @@ def _check_growth(
 ) -> None:
     where = f'config.stages.{index}'
     if before is None:
-        if grow is not None and not config['init_from']:
+        if grow is not None and not config.get('init_from'):
             raise ConfigError(
                 f'{where}.grow: no stage comes before it whose model could grow; name a run to '
                 'begin from in init_from.'

@@ -16,7 +16,7 @@ import jax
 
 from effjax import models, parallel
 from effjax.core import trees
-from effjax.core.config import as_dict, extent
+from effjax.core.config import as_dict
 from effjax.core.errors import CheckpointError, ConfigError
 from effjax.costs import Ledger
 from effjax.tasks.distillation import FOUND, NEXT_TOKEN, TEACHER
@@ -220,7 +220,8 @@ def _check_length(source: Source, length: int, config: Mapping[str, Any]) -> Non
 
 
 def _check_budget(config: Mapping[str, Any]) -> None:
-    unit, amount = extent(config)
+    first = plan(config)[0]
+    unit, amount = first.unit, first.end
     used = spent(config, unit)
     if used is None:
         raise ConfigError(
@@ -229,8 +230,9 @@ def _check_budget(config: Mapping[str, Any]) -> None:
         )
     if used >= amount:
         raise ConfigError(
-            f'config.task.teacher.charge: the teacher used {used:.4g} {unit}, and config.budget is '
-            f'{amount:.4g}, so nothing is left to train with; give more, or set charge to False.'
+            f'config.task.teacher.charge: the teacher used {used:.4g} {unit}, and the first stage '
+            f'ends at {amount:.4g}, so that nothing of it is left; raise the budget, or set charge '
+            'to False.'
         )
 
 
@@ -260,7 +262,7 @@ def load(config: Mapping[str, Any], built: models.Built) -> dict[str, Any]:
     block = block_of(config)
     assert block is not None
     source = open_run(block['run'], WHERE)
-    runtime = Runtime(placed(source.config, config), with_data=False)
+    runtime = Runtime(placed(source.config, config), with_data=False, with_source=False)
     checkpointer = Checkpointer(source.folder / 'checkpoints')
     try:
         restored = checkpointer.restore(

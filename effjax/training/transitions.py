@@ -55,11 +55,15 @@ class Transition:
         return self.operator.view(self.change)
 
     @property
+    def moments(self) -> str:
+        """What becomes of the optimizer's state: 'grow' or 'reset'."""
+        return self.shared.get('moments') or self.operator.moments
+
+    @property
     def words(self) -> str:
         """What it does, for reports: the operator and what it promises."""
         kept = 'keeps' if self.operator.preserves_function else 'does not keep'
-        moments = self.shared.get('moments') or self.operator.moments
-        shown = {'grow': 'grown', 'reset': 'made anew'}[moments]
+        shown = {'grow': 'grown', 'reset': 'made anew'}[self.moments]
         return f'{self.operator.name} ({kept} the function; moments {shown})'
 
     @property
@@ -136,6 +140,10 @@ def operator(stage: Stage) -> growth.Operator:
     if kind == 'ligo' and stage.grow.get('moments', 'reset') != 'reset':
         raise ConfigError(
             f"{where}.moments: 'ligo' grows no moments, the large model's begin anew; leave it out."
+        )
+    if kind == 'ligo' and 'counts' in stage.grow:
+        raise ConfigError(
+            f"{where}.counts: 'ligo' grows no moments whose steps count; leave it out."
         )
     try:
         return component(**own)

@@ -146,5 +146,8 @@ def test_what_another_run_cost_counts_beside_the_own_steps():
     assert totals['model_flops'] == 6 * MODEL and sum(totals['parts'].values()) == 2 * MODEL
     assert ledger.source_seconds == 3.0
     assert Ledger.from_dict(ledger.to_dict()).computed == ledger.computed
+    timed = Ledger()
+    timed.add_source('init_from', {'reference_seconds': 5.0}, charged=True)
+    assert timed.reference_seconds == 5.0  # before its first step, too
     ledger.add_source('unknown', {'model_flops': 1.0}, charged=True)
     assert ledger.hardware_flops is None and ledger.reference_seconds is None

@@ -108,6 +108,32 @@ def test_the_same_on_a_mesh(tiny, tmp_path):
     assert 'fsdp' in str(kernel.spec)
 
 
+@pytest.mark.ci
+def test_a_run_ends_with_its_model_though_nothing_is_left_for_it(tiny, tmp_path):
+    """The first stage overshoots into a last one of less than half a step."""
+    stages = ({'share': 0.99, 'model': SMALL}, {'share': 0.01, 'grow': 'stack'})
+    done = train.run(tiny('steps=0', 'budget=500tokens', stages=stages), tmp_path)
+    assert (
+        done.summary['final_step'] == 2 and list(done.summary['ledger']['stages'])[0] == 'stage_0'
+    )
+    assert generate.load(tmp_path).step == 2
+    assert done.summary['eval']['valid']['loss'] > 0
+
+
+def test_grown_moments_need_an_optimizer_that_keeps_them(tiny):
+    stages = (
+        {'share': 0.5, 'model': SMALL},
+        {'share': 0.5, 'grow': 'stack', 'optimizer': {'momentum': 0.9}},
+    )
+    optimizer = {'kind': 'sgd', 'momentum': 0.0}
+    with pytest.raises(
+        ConfigError, match=r'stages\.1\.optimizer keeps another state than the stage'
+    ):
+        Runtime(tiny(stages=stages, optimizer=optimizer))
+    anew = ({**stages[0]}, {**stages[1], 'grow': {'kind': 'stack', 'moments': 'reset'}})
+    assert Runtime(tiny(stages=anew, optimizer=optimizer)).transitions
+
+
 def test_dry_run_shows_stages(tiny):
     text = dry_run(tiny(stages=STAGES))
     assert '  one ' in text and '33.3 % of the run' in text

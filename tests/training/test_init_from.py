@@ -1,5 +1,6 @@
 """A run that begins from another run's checkpoint: its weights, its cost, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,8 +9,8 @@ import pytest
 
 from effjax import generate, train
 from effjax.core import trees
-from effjax.core.errors import ConfigError
-from effjax.training import setup
+from effjax.core.errors import CheckpointError, ConfigError
+from effjax.training import resume, setup, sources
 from effjax.training.dryrun import dry_run
 from effjax.training.runtime import Runtime
 
@@ -164,6 +165,49 @@ def test_runs_that_are_refused(tiny, small, tmp_path):
         'model.layers=1',
         data={**tiny().data.to_dict(), 'tokenizer': {'kind': 'char'}},
     )
+
+
+def test_a_cost_that_is_not_known_cannot_be_charged(tiny, small):
+    source = Runtime(tiny('model.layers=1', init_from=begin(small))).source
+    unknown = dataclasses.replace(
+        source, charge=True, totals={**source.totals, 'hardware_flops': None}
+    )
+    with pytest.raises(ConfigError, match=r'has used is not known in hardware_flops'):
+        sources.check_charge(unknown, 'hardware_flops', 1e15)
+    sources.check_charge(unknown, 'tokens', 1e15)
+    with pytest.raises(ConfigError, match=r'has used 1600 tokens, and the first stage ends at'):
+        sources.check_charge(unknown, 'tokens', 1600.0, 64.0)
+
+
+def test_tables_of_positions_keep_their_length(tiny, small, tmp_path):
+    model = {**tiny().model.to_dict(), 'layers': 1, 'positions': {'kind': 'learned'}}
+    train.run(tiny('steps=1', model=model), tmp_path / 'source')
+    with pytest.raises(
+        ConfigError, match=r'positions.* is \(32, 16\), but \(16, 16\) for the rows'
+    ):
+        Runtime(tiny('seq_len=16', model=model, init_from=begin(tmp_path / 'source')))
+
+
+@pytest.mark.parametrize(
+    'grow', [{'kind': 'ligo', 'steps': 0}, {'kind': 'stack', 'moments': 'reset'}]
+)
+def test_moments_that_are_made_anew_cannot_be_kept(tiny, small, grow):
+    stages = ({'share': 1.0, 'grow': grow},)
+    with pytest.raises(
+        ConfigError, match=r"init_from\.optimizer: 'keep' goes on with moments that"
+    ):
+        setup.check(tiny(stages=stages, init_from=begin(small, optimizer='keep')))
+
+
+def test_another_source_is_another_run(tiny, small):
+    one, other = (
+        resume.manifest(
+            tiny(stages=[{'share': 1.0, 'init_from': begin(small, charge=charge)}]).to_dict(), {}, 0
+        )
+        for charge in (True, False)
+    )
+    with pytest.raises(CheckpointError, match=r'init_from\.charge: True there, False here'):
+        resume.check_config(one['config'], other['config'], 'runs/x')
 
 
 def test_only_the_first_stage_begins(tiny, small):
