@@ -140,6 +140,7 @@ def near_duplicates(documents: Iterable[Document], settings: Settings) -> Result
 def prepare(documents: Iterable[Document], settings: Settings) -> Part:
     """Normalises, shingles and signs documents, one by one."""
     seeds = minhash.permutations(settings.permutations, settings.seed)
+    bands, rows = settings.cut
     ranks = {name: rank for rank, name in enumerate(settings.sources)}
     part = Part([], {})
     for document in documents:
@@ -148,7 +149,7 @@ def prepare(documents: Iterable[Document], settings: Settings) -> Part:
         part.entries.append(Entry(document.id, digest, rank))
         if digest not in part.texts:
             found = shingles(document.text, settings.n, settings.kind, settings.fold_case)
-            keys = minhash.band_keys(minhash.sign(found, seeds), *settings.cut)
+            keys = minhash.band_keys(minhash.sign(found, seeds), bands, rows)
             part.texts[digest] = Text(size, keys, found)
     return part
 
@@ -193,12 +194,17 @@ def cluster_texts(texts: list[Text], settings: Settings) -> tuple[np.ndarray, di
     flat = np.concatenate(keys) if keys else np.empty(0, np.uint64)
     groups = candidates.buckets(flat, np.repeat(wordy, bands))
     forest, verified, joined = clusters.Forest(len(texts)), 0, 0
+    refused = np.empty(0, np.int64)  # pairs found too different; they may meet in another round
     for pairs in candidates.rounds(groups, settings.centres):
         pairs = pairs[forest.apart(pairs)]
-        alike = pairs[verify.similar(sets, pairs, settings.threshold)]
-        forest.join(alike)
+        codes = pairs[:, 0] * len(texts) + pairs[:, 1]
+        new = ~np.isin(codes, refused)
+        pairs, codes = pairs[new], codes[new]
+        alike = verify.similar(sets, pairs, settings.threshold)
+        forest.join(pairs[alike])
+        refused = np.concatenate([refused, codes[~alike]])
         verified += len(pairs)
-        joined += len(alike)
+        joined += int(alike.sum())
     counts = {
         'texts': len(texts),
         'without_words': len(texts) - len(wordy),
