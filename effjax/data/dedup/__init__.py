@@ -5,8 +5,8 @@ put its own in the place of one if it gives the same values:
 
     decode(bytes) -> str                                         normalisation.py
     document_digest(text) -> 16 bytes; piece_digests(text)       normalisation.py
-    shingles(text) -> uint64 [S], sorted, unique                 shingling.py
-    sign(shingles, seeds) -> uint32 [P]                          minhash.py
+    shingles(text) -> uint64 [S], sorted, unique; shingle_many   shingling.py
+    sign(shingles, seeds) -> uint32 [P]; sign_many               minhash.py
     band_keys(signature, bands, rows) -> uint64 [b]              minhash.py
     buckets, rounds: band keys -> candidate pairs                candidates.py
     similar(sets, pairs, threshold) -> bool [K]                  verify.py

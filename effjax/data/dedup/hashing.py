@@ -7,7 +7,11 @@ arithmetic is modulo 2^64 on little-endian words of explicit type.
 import numpy as np
 
 # Stafford's mix 13, the finaliser of splitmix64 (Steele et al., 2014): a bijection.
-_SHIFTS, _FACTORS = (30, 27, 31), (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_STEPS = (
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+)
+_LAST = np.uint64(31)
 _LENGTH = np.uint64(0x9E3779B97F4A7C15)
 # 3 modulo 8, so that neither M - 1 nor M + 1 is divisible by a high power of two.
 _COMBINE = np.uint64(0xD1342543DE82EF9B)
@@ -18,12 +22,12 @@ _BLOCK = 1 << 14  # elements: stays in the second cache
 def mix(x: np.ndarray) -> np.ndarray:
     """Mixes uint64 of any shape in place, and returns it: each output bit on every input bit."""
     spare = np.empty_like(x)
-    for shift, factor in zip(_SHIFTS, (*_FACTORS, None), strict=True):
-        np.right_shift(x, np.uint64(shift), out=spare)
+    for shift, factor in _STEPS:
+        np.right_shift(x, shift, out=spare)
         np.bitwise_xor(x, spare, out=x)
-        if factor is not None:
-            np.multiply(x, np.uint64(factor), out=x)
-    return x
+        np.multiply(x, factor, out=x)
+    np.right_shift(x, _LAST, out=spare)
+    return np.bitwise_xor(x, spare, out=x)
 
 
 def hash_spans(data: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -66,13 +70,13 @@ def combine(hashes: np.ndarray, n: int) -> np.ndarray:
     collide; others do with odds of 2^-61 or less where the input is well mixed.
 
     Args:
-      hashes: uint64 [N], N >= n >= 1; overwritten.
+      hashes: uint64 [N]; overwritten.
       n: length of a run.
 
     Returns:
-      uint64 [N - n + 1], a part of `hashes`.
+      uint64 [N - n + 1], a part of `hashes`; [0] where N is below n.
     """
-    count = hashes.size - n + 1
+    count = max(hashes.size - n + 1, 0)
     # A block reads n - 1 elements beyond its end, which no earlier block has written.
     for at in range(0, count, _BLOCK):
         size = min(_BLOCK, count - at)

@@ -13,6 +13,7 @@ never in `verify`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,7 +21,8 @@ from effjax.core.errors import ConfigError
 from effjax.data import order
 from effjax.data.dedup import hashing
 
-_BLOCK = 1 << 16  # images held at once: 256 KB
+_HALF = np.uint64(32)
+_COLUMNS, _IMAGES = 1 << 12, 1 << 16  # held at once: 256 KB, what the second cache holds
 
 
 def permutations(count: int, seed: int = 0) -> np.ndarray:
@@ -49,22 +51,35 @@ def sign(shingles: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     Returns:
       uint32 [P]; all ones where S is 0, which must not be compared.
     """
-    values = (shingles >> np.uint64(32)).astype(np.uint32)
-    least = np.full(len(seeds), 0xFFFFFFFF, np.uint32)
-    # Never P x S at once: tiles of a size that the cache holds.
-    columns = min(max(values.size, 1), 1 << 12)
-    rows = max(1, _BLOCK // columns)
-    room = np.empty(rows * columns, np.uint32)
-    for at in range(0, values.size, columns):
-        block = values[at : at + columns]
+    return sign_many([shingles], seeds)[0]
+
+
+def sign_many(sets: Sequence[np.ndarray], seeds: np.ndarray) -> np.ndarray:
+    """Returns the signatures of many sets, small ones together: uint32 [N, P]; see `sign`.
+
+    Memory beyond the result: four bytes a shingle, and half a MB; never P times the shingles.
+    """
+    sizes = np.array([s.size for s in sets], np.int64)
+    filled = np.flatnonzero(sizes)
+    starts = np.cumsum(sizes[filled]) - sizes[filled]
+    values = np.empty(int(sizes.sum()), np.uint32)
+    for start, at in zip(starts.tolist(), filled.tolist(), strict=True):
+        values[start : start + sizes[at]] = sets[at] >> _HALF
+    least = np.full((len(seeds), filled.size), 0xFFFFFFFF, np.uint32)
+    for at in range(0, values.size, _COLUMNS):
+        block = values[at : at + _COLUMNS]
+        first = np.searchsorted(starts, at, side='right') - 1
+        last = np.searchsorted(starts, at + block.size)
+        cuts = np.maximum(starts[first:last] - at, 0)
+        rows = _IMAGES // block.size
         for row in range(0, len(seeds), rows):
-            a, c = seeds[row : row + rows, :1], seeds[row : row + rows, 1:]
-            images = room[: len(a) * block.size].reshape(len(a), block.size)
-            np.multiply(a, block, out=images)
-            np.add(images, c, out=images)
-            part = least[row : row + rows]
-            np.minimum(part, images.min(axis=1), out=part)
-    return least
+            images = block * seeds[row : row + rows, :1]
+            images += seeds[row : row + rows, 1:]
+            part = least[row : row + rows, first:last]
+            np.minimum(part, np.minimum.reduceat(images, cuts, axis=1), out=part)
+    out = np.full((len(sets), len(seeds)), 0xFFFFFFFF, np.uint32)
+    out[filled] = least.T
+    return out
 
 
 def band_keys(signatures: np.ndarray, bands: int, rows: int) -> np.ndarray:

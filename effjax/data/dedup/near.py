@@ -15,10 +15,11 @@ import numpy as np
 
 from effjax.core.errors import ConfigError, DataError
 from effjax.data.dedup import candidates, clusters, minhash, normalisation, verify
-from effjax.data.dedup.shingling import KINDS, shingles
+from effjax.data.dedup.shingling import KINDS, shingle_many
 from effjax.data.documents import Document
 
 PREFER = ('longest', 'shortest')
+BATCH = 1 << 20  # characters shingled and signed together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,20 +139,37 @@ def near_duplicates(documents: Iterable[Document], settings: Settings) -> Result
 
 
 def prepare(documents: Iterable[Document], settings: Settings) -> Part:
-    """Normalises, shingles and signs documents, one by one."""
+    """Normalises, shingles and signs documents, in batches of `BATCH` characters."""
     seeds = minhash.permutations(settings.permutations, settings.seed)
-    bands, rows = settings.cut
     ranks = {name: rank for rank, name in enumerate(settings.sources)}
     part = Part([], {})
+    waiting: dict[bytes, tuple[int, str]] = {}
+    characters = 0
     for document in documents:
         digest, size = normalisation.measure(document.text, settings.fold_case)
         rank = ranks.get(document.source, len(ranks))
         part.entries.append(Entry(document.id, digest, rank))
-        if digest not in part.texts:
-            found = shingles(document.text, settings.n, settings.kind, settings.fold_case)
-            keys = minhash.band_keys(minhash.sign(found, seeds), bands, rows)
-            part.texts[digest] = Text(size, keys, found)
+        if digest not in part.texts and digest not in waiting:
+            waiting[digest] = size, document.text
+            characters += len(document.text)
+        if characters >= BATCH:
+            part.texts.update(_prepared(waiting, settings, seeds))
+            waiting, characters = {}, 0
+    part.texts.update(_prepared(waiting, settings, seeds))
     return part
+
+
+def _prepared(
+    waiting: Mapping[bytes, tuple[int, str]], settings: Settings, seeds: np.ndarray
+) -> dict[bytes, Text]:
+    """Shingles and signs texts, given by digest with their sizes."""
+    texts = [text for _, text in waiting.values()]
+    found = shingle_many(texts, settings.n, settings.kind, settings.fold_case)
+    keys = minhash.band_keys(minhash.sign_many(found, seeds), *settings.cut)
+    return {
+        digest: Text(size, keys[i], found[i])
+        for i, (digest, (size, _)) in enumerate(waiting.items())
+    }
 
 
 def resolve(parts: Iterable[Part], settings: Settings) -> Result:

@@ -44,6 +44,19 @@ def test_tiles_do_not_show(size):
     np.testing.assert_array_equal(minhash.sign(values, SEEDS), np.minimum(*halves))
 
 
+def test_many_are_as_one_by_one():
+    draw = np.random.default_rng(0)
+    sizes = [0, 5, 4096, 0, 1, 9000, *draw.integers(0, 700, 60), 0]
+    sets = [order.hashed(np.arange(size), i) for i, size in enumerate(sizes)]
+    found = minhash.sign_many(sets, SEEDS)
+    assert found.shape == (len(sets), 128) and found.dtype == np.uint32
+    for one, values in zip(found, sets, strict=True):
+        images = SEEDS[:, :1] * (values >> np.uint64(32)).astype(np.uint32) + SEEDS[:, 1:]
+        np.testing.assert_array_equal(one, images.min(axis=1, initial=0xFFFFFFFF))
+    assert minhash.sign_many([], SEEDS).shape == (0, 128)
+    assert (minhash.sign_many(sets[:1], SEEDS) == 0xFFFFFFFF).all()
+
+
 def test_fewer_permutations_are_the_first_of_more():
     np.testing.assert_array_equal(minhash.permutations(10, 3), minhash.permutations(200, 3)[:10])
     assert not np.array_equal(minhash.permutations(10, 3), minhash.permutations(10, 4))

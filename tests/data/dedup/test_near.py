@@ -60,6 +60,13 @@ def test_the_same_for_any_order_and_any_division(corpus, settings):
         assert resolve(made[::-1], settings) == expected
 
 
+@pytest.mark.parametrize('batch', [0, 1, 5000])
+def test_batches_do_not_show(corpus, batch, monkeypatch):
+    expected = near_duplicates(corpus, Settings())
+    monkeypatch.setattr(near, 'BATCH', batch)
+    assert near_duplicates(iter(corpus), Settings()) == expected
+
+
 def slow_clusters(documents: list[Document], settings: Settings) -> set[frozenset[str]]:
     """All pairs that share a band and reach the threshold, then components; by text."""
     texts = sorted(prepare(documents, settings).texts.items())

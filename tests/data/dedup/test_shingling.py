@@ -92,6 +92,32 @@ def test_blocks_do_not_show(block, monkeypatch):
     np.testing.assert_array_equal(shingles(text, 9, 'chars'), chars)
 
 
+@pytest.mark.parametrize('block', [257, 2000, 1 << 17])
+@pytest.mark.parametrize('n', [1, 5])
+def test_many_are_as_one_by_one(block, n, monkeypatch):
+    draw = random.Random(block)
+    texts = draw.choices([*TEXTS, *(' '.join(TEXTS[i : i + 3]) for i in range(9))], k=80)
+    texts += ['', '', 'last'] + ['\ufeff' + TEXTS[5], 'é' * 5000]
+    monkeypatch.setattr(shingling, '_BLOCK', block)
+    found = shingling.shingle_many(texts, n)
+    assert len(found) == len(texts)
+    for text, one in zip(texts, found, strict=True):
+        assert one.tolist() == slow_shingles(text, n)
+    assert shingling.shingle_many([], n) == []
+    for few in (['', ''], ['a b', ' '], ['', 'a b c d e f', '']):
+        found = shingling.shingle_many(few, n)
+        assert [f.tolist() for f in found] == [slow_shingles(text, n) for text in few]
+
+
+def test_many_take_the_same_arguments():
+    texts = ['One two three, four', 'ONE TWO three four', 'x']
+    for arguments in ((2, 'chars', False), (2, 'words', True)):
+        found = shingling.shingle_many(texts, *arguments)
+        assert [f.tolist() for f in found] == [shingles(t, *arguments).tolist() for t in texts]
+    with pytest.raises(ConfigError, match='a shingle has at least 1 of the words, got 0.'):
+        shingling.shingle_many(texts, 0)
+
+
 def test_values_are_fixed_for_ever():
     # Signatures made by another machine or release are compared with these.
     assert shingling.word_hashes('hello world 世界').tolist() == [
