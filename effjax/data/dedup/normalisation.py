@@ -22,7 +22,8 @@ import numpy as np
 from effjax.core.errors import ConfigError, DataError
 
 BY = ('line', 'paragraph')
-_BLOCK = 1 << 18  # characters: bounds the list of words that splitting makes
+_BLOCK = 1 << 18  # characters worked on at once: bounds what is made on the way
+_ASCII = re.compile(r'[\x00-\x7f]')
 _SURROGATES = re.compile('[\ud800-\udfff]')
 # A line ends at a line feed; a paragraph at a line of nothing but white space.
 _BREAKS = {'line': re.compile(r'\n'), 'paragraph': re.compile(r'\n(?:[^\S\n]*\n)+')}
@@ -56,9 +57,9 @@ def canonical(text: str, fold_case: bool = False) -> str:
     text = text.removeprefix('\ufeff')
     if text.isascii():
         return text.lower() if fold_case else text
-    text = unicodedata.normalize('NFC', _SURROGATES.sub('\ufffd', text))
+    text = _composed(_SURROGATES.sub('\ufffd', text))
     # Folding can decompose what was composed.
-    return unicodedata.normalize('NFC', text.casefold()) if fold_case else text
+    return _composed(text.casefold()) if fold_case else text
 
 
 def normalise(text: str, fold_case: bool = False) -> str:
@@ -111,6 +112,23 @@ def piece_digests(
     """Returns the spans of `pieces`, and the `document_digest` of each: equal for equal pieces."""
     spans = pieces(text, by)
     return spans, [document_digest(text[a:b], fold_case) for a, b in spans.tolist()]
+
+
+def _composed(text: str) -> str:
+    """Returns the NFC of a text, made block by block where it is not its own already.
+
+    `unicodedata.normalize` takes dozens of bytes a character while it works.
+    """
+    if unicodedata.is_normalized('NFC', text):
+        return text
+    out, at = [], 0
+    while at < len(text):
+        # ASCII never composes with what stands before it: a place to cut.
+        found = _ASCII.search(text, at + _BLOCK)
+        end = found.start() if found else len(text)
+        out.append(unicodedata.normalize('NFC', text[at:end]))
+        at = end
+    return ''.join(out)
 
 
 def _collapsed(text: str) -> Iterator[str]:

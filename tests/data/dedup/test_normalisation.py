@@ -1,7 +1,9 @@
 """What counts as the same text: Unicode, white space, bytes that are no text, lines, paragraphs."""
 
+import random
 import re
 import sys
+import tracemalloc
 import unicodedata
 
 import pytest
@@ -65,6 +67,27 @@ def test_blocks_do_not_show(block, monkeypatch):
     monkeypatch.setattr(normalisation, '_BLOCK', block)
     assert normalise(text) == ' '.join(text.split()) == re.sub(r'\s+', ' ', text).strip()
     assert normalise(' ' * 50) == normalise('') == ''
+
+
+@pytest.mark.parametrize('block', [1, 2, 5, 1000])
+def test_composition_in_blocks_is_that_of_the_whole(block, monkeypatch):
+    draw = random.Random(block)
+    marks = 'ae \n\u0301\u0327\u0323\u1100\u1161\u11a8é각\u212b\u0344字'
+    monkeypatch.setattr(normalisation, '_BLOCK', block)
+    for _ in range(300):
+        text = ''.join(draw.choices(marks, k=draw.randint(0, 60)))
+        assert normalisation.canonical(text) == unicodedata.normalize('NFC', text)
+
+
+def test_an_enormous_document_that_is_to_be_composed_takes_a_few_times_its_bytes():
+    text = 'cafe\u0301 ' * 400_000
+    tracemalloc.start()
+    composed = normalisation.canonical(text)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert composed == 'café ' * 400_000
+    # Python holds two bytes a character of the input; one of the output, and its blocks.
+    assert peak < 3 * len(text.encode()) + 64 * 2**18
 
 
 def test_the_size_is_of_the_normalised_form():
