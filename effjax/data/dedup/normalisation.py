@@ -3,7 +3,7 @@
 Bytes become text once, by `decode`; everything after that sees `str`. Two texts are exact
 duplicates when their normalised forms are equal:
 
-1. a leading byte order mark is dropped, and lone surrogates become U+FFFD;
+1. byte order marks are dropped wherever they stand, and lone surrogates become U+FFFD;
 2. Unicode's canonical composition (NFC): an accent may be one character or two;
 3. with `fold_case`, full case folding, and NFC again;
 4. every run of white space is one space, and none stands at either end.
@@ -54,10 +54,9 @@ def decode(data: bytes, invalid: str = 'replace') -> str:
 
 def canonical(text: str, fold_case: bool = False) -> str:
     """Returns steps 1 to 3: all but the white space. What shingles are made from."""
-    text = text.removeprefix('\ufeff')
     if text.isascii():
         return text.lower() if fold_case else text
-    text = _composed(_SURROGATES.sub('\ufffd', text))
+    text = _composed(_SURROGATES.sub('\ufffd', text.replace('\ufeff', '')))
     # Folding can decompose what was composed.
     return _composed(text.casefold()) if fold_case else text
 

@@ -27,6 +27,7 @@ def test_digests_are_fixed_for_ever():
         ('각', '\u1100\u1161\u11a8'),  # a Hangul syllable and its letters
         ('Å', '\u212b'),  # the sign for angstrom
         ('\ufeffhello', 'hello'),
+        (' \ufeff\ufeffhello \ufeffyou', 'hello you'),
         ('a\u00a0b', 'a b'),
         ('a\u3000\u2028b', 'a b'),
         ('  a\r\n\tb  ', 'a b'),
@@ -88,6 +89,18 @@ def test_an_enormous_document_that_is_to_be_composed_takes_a_few_times_its_bytes
     assert composed == 'café ' * 400_000
     # Python holds two bytes a character of the input; one of the output, and its blocks.
     assert peak < 3 * len(text.encode()) + 64 * 2**18
+
+
+@pytest.mark.parametrize('fold_case', [False, True])
+def test_the_form_of_a_form_is_itself(fold_case):
+    for number in range(0x30000):  # beyond are only tags and characters of private use
+        once = normalisation.canonical(chr(number), fold_case)
+        assert once.isascii() or normalisation.canonical(once, fold_case) == once
+    draw = random.Random(0)
+    some = [' ', '\n', '\ufeff', 'A', 'α', '\u0345', '\u0301', '\u0327', 'ß', '\ud800', '\u1e9e']
+    for _ in range(500):
+        once = normalise(''.join(draw.choices(some, k=12)), fold_case)
+        assert normalise(once, fold_case) == once
 
 
 def test_the_size_is_of_the_normalised_form():
