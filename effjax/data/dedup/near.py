@@ -92,6 +92,7 @@ class Entry:
 class Part:
     """What `prepare` makes of some documents; texts that are equal are there once."""
 
+    settings: Settings
     entries: list[Entry]
     texts: dict[bytes, Text]
 
@@ -118,7 +119,11 @@ class Decision:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One decision a document, in the order of ids; and counts of what was done."""
+    """One decision a document, in the order of ids, and counts of what was done.
+
+    The decisions are what every engine must equal. Of the counts, 'verified' and 'similar' depend
+    on which pairs an engine skips because they are connected already.
+    """
 
     decisions: list[Decision]
     counts: dict[str, int]
@@ -142,7 +147,7 @@ def prepare(documents: Iterable[Document], settings: Settings) -> Part:
     """Normalises, shingles and signs documents, in batches of `BATCH` characters."""
     seeds = minhash.permutations(settings.permutations, settings.seed)
     ranks = {name: rank for rank, name in enumerate(settings.sources)}
-    part = Part([], {})
+    part = Part(settings, [], {})
     waiting: dict[bytes, tuple[int, str]] = {}
     characters = 0
     for document in documents:
@@ -180,9 +185,11 @@ def resolve(parts: Iterable[Part], settings: Settings) -> Result:
       settings: the same.
 
     Raises:
-      DataError: two documents have one id.
+      DataError: two documents have one id, or a part was made with other settings.
     """
     parts = list(parts)
+    for part in parts:
+        _check_settings(part.settings, settings)
     entries = sorted((e for p in parts for e in p.entries), key=lambda e: e.id)
     _check_ids(entries)
     texts: dict[bytes, Text] = {}
@@ -266,6 +273,16 @@ def _check_ids(entries: list[Entry]) -> None:
         if one.id == other.id:
             raise DataError(
                 f'two documents have the id {one.id!r}; ids name what is removed and must differ.'
+            )
+
+
+def _check_settings(made: Settings, wanted: Settings) -> None:
+    for field in dataclasses.fields(Settings):
+        a, b = getattr(made, field.name), getattr(wanted, field.name)
+        if a != b:
+            raise DataError(
+                f'a part was prepared with {field.name}={a!r}, not {b!r}; prepare it again with '
+                'these settings.'
             )
 
 

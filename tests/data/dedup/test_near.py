@@ -229,6 +229,15 @@ def test_ids_must_differ():
     )
 
 
+def test_parts_of_other_settings_are_not_mixed():
+    parts = [prepare([document('a', 'x')], Settings()), prepare([], Settings(seed=1))]
+    with pytest.raises(DataError) as e:
+        resolve(parts, Settings())
+    assert str(e.value) == (
+        'a part was prepared with seed=1, not 0; prepare it again with these settings.'
+    )
+
+
 @pytest.mark.parametrize(
     ('changes', 'sentence'),
     [
