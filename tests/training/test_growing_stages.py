@@ -113,9 +113,7 @@ def test_a_run_ends_with_its_model_though_nothing_is_left_for_it(tiny, tmp_path)
     """The first stage overshoots into a last one of less than half a step."""
     stages = ({'share': 0.99, 'model': SMALL}, {'share': 0.01, 'grow': 'stack'})
     done = train.run(tiny('steps=0', 'budget=500tokens', stages=stages), tmp_path)
-    assert (
-        done.summary['final_step'] == 2 and list(done.summary['ledger']['stages'])[0] == 'stage_0'
-    )
+    assert done.summary['final_step'] == 2
     assert generate.load(tmp_path).step == 2
     assert done.summary['eval']['valid']['loss'] > 0
 
