@@ -5,7 +5,7 @@ import pytest
 from effjax import train
 from effjax.core import config as config_lib
 from effjax.core.errors import ConfigError
-from effjax.study import pairs, spec
+from effjax.study import pairs, preflight, spec
 from effjax.training import setup
 from effjax.training.runtime import Runtime
 from experiments.growth.study import METHODS, arms, get_study
@@ -15,6 +15,9 @@ from experiments.growth_vit.study import get_study as vit_study
 
 def load(repository, name):
     return config_lib.load(str(repository / 'configs' / name))
+
+
+REUSED = ('ligo_reuse', 'inherit')
 
 
 @pytest.mark.parametrize('size', ['', 'tiny'])
@@ -53,10 +56,18 @@ def test_from_small_models_that_are_there(repository, tmp_path, monkeypatch):
     for method, name in (('ligo_reuse', 'init_from'), ('inherit', 'teacher')):
         config = config_lib.load(str(repository / 'configs' / f'lm_growth.py:{method}-tiny'), short)
         if method == 'ligo_reuse':
-            config.stages[0]['grow']['steps'] = 1
+            config.stages = ({**config.stages[0], 'grow': {'kind': 'ligo', 'steps': 1}},)
         ledger = train.run(config, method).summary['ledger']
         assert ledger['sources'][name]['charged'] is False
         assert 2e9 < ledger['model_flops'] < 6e9
+    # A study may hold them beside scratch: a taught model is judged by the task that it learns.
+    config = str(repository / 'configs' / 'lm_growth.py')
+    arms = (spec.Arm('scratch'), *(spec.Arm(n, config=f'{config}:{n}-tiny') for n in REUSED))
+    facts = preflight.examine(
+        spec.Study('x', f'{config}:tiny', arms, budget=4e11, tune_key='', fractions=(1.0,))
+    )
+    assert 'init_from' in facts['ligo_reuse'].inputs and 'teacher' in facts['inherit'].inputs
+    assert not {'init_from', 'teacher'} & set(facts['scratch'].inputs)
 
 
 # The others are rows of `effjax.methods`.
