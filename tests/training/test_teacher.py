@@ -232,7 +232,7 @@ def set_in(*path):
             r'takes rows of 16 tokens, but this run has config\.seq_len 32',
         ),
         ('config.json', set_in('seed', 0), ('steps=0', 'budget=500tokens'),
-         'the teacher used 512 tokens, and config.budget is 500, so nothing is left'),
+         'the teacher used 512 tokens, and the first stage ends at 500'),
         ('config.json', set_in('seed', 0), ('steps=0', 'budget=9s'),
          'what the teacher used is not known in seconds'),
         ('config.json', set_in('seed', 0), ('reference=x.json',),
