@@ -11,6 +11,7 @@ import os
 import pathlib
 import random
 import re
+import signal
 from collections import Counter
 from collections.abc import Iterator
 
@@ -220,3 +221,20 @@ def tiny(words: pathlib.Path):
         return config_lib.finish(config, overrides)
 
     return make
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch):
+    """Returns `stop_after(step)`: sends this process a signal, once, when its metrics arrive."""
+    from effjax.training.loop import Trainer
+
+    record, wanted = Trainer._record, []
+
+    def wrapped(self, flight, *args):
+        record(self, flight, *args)
+        if wanted and flight.row['step'] == wanted[0]:
+            wanted.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, '_record', wrapped)
+    return wanted.append

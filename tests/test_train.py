@@ -25,21 +25,6 @@ def losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
     return [(row['step'], row['loss']) for row in rows(workdir)]
 
 
-@pytest.fixture
-def stop_after(monkeypatch):
-    """Sends this process a signal, once, when a step's metrics arrive, as an operator would."""
-    record, wanted = Trainer._record, []
-
-    def wrapped(self, flight, *args):
-        record(self, flight, *args)
-        if wanted and flight.row['step'] == wanted[0]:
-            wanted.clear()
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, '_record', wrapped)
-    return wanted.append
-
-
 def test_a_run_leaves_its_files(tiny, tmp_path):
     run = train.run(tiny('evals.valid.every_steps=3'), tmp_path / 'run')
     found = {path.name for path in run.workdir.iterdir()}

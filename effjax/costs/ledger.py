@@ -22,7 +22,7 @@ UNITS = (
 _COUNTS = ('steps', 'examples', 'tokens', 'tokens_computed', 'optimizer_flops')
 _EVAL = 'eval'
 # What the ledger of another run counts towards this one's budget.
-_OF_SOURCE = (
+OF_SOURCE = (
     'tokens', 'examples', 'tokens_computed', 'optimizer_flops', 'model_flops', 'hardware_flops',
     'reference_seconds',
 )  # fmt: skip
@@ -122,7 +122,7 @@ class Ledger:
           charged: whether it counts towards this run's budget. Its steps never do: steps are this
             run's own.
         """
-        keys = ('steps', *_OF_SOURCE)
+        keys = ('steps', *OF_SOURCE)
         self._sources[name] = {
             **{key: totals.get(key) for key in keys}, 'seconds': seconds, 'charged': charged,
         }  # fmt: skip
@@ -301,7 +301,7 @@ class Ledger:
         return [source for source in self._sources.values() if source['charged']]
 
     def _from_sources(self, key: str) -> int:
-        if key not in _OF_SOURCE:
+        if key not in OF_SOURCE:
             return 0
         return sum(round(source[key] or 0) for source in self._charged())
 

@@ -19,6 +19,7 @@ from effjax.core import trees
 from effjax.core.config import as_dict
 from effjax.core.errors import CheckpointError, ConfigError
 from effjax.costs import Ledger
+from effjax.costs.ledger import OF_SOURCE
 from effjax.tasks.distillation import FOUND, NEXT_TOKEN, TEACHER
 from effjax.training import checksums
 from effjax.training.checkpoints import Checkpointer
@@ -26,11 +27,6 @@ from effjax.training.sources import placed
 from effjax.training.stages import plan
 
 WHERE = 'config.task.teacher.run'
-# What of a ledger a source is charged with.
-USED = (
-    'tokens', 'examples', 'tokens_computed', 'optimizer_flops', 'model_flops', 'hardware_flops',
-    'reference_seconds',
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +115,7 @@ def resolve(config: dict[str, Any], info: Any = None) -> dict[str, Any]:
         model['max_len'] = model.get('max_len') or longest
         _check_length(source, model['max_len'], config)
     ledger = source.summary['ledger']
-    used = {key: ledger.get(key) for key in USED}
+    used = {key: ledger.get(key) for key in OF_SOURCE}
     found = {**block, 'run': run, 'model': model, 'step': source.step, 'used': used}
     out = {**config, 'task': {**config['task'], TEACHER: found}}
     _check_budget(out)

@@ -1,8 +1,6 @@
 """Stages that grow the model: resumed on both sides, the same on a mesh, charged, refused."""
 
 import json
-import os
-import signal
 
 import jax
 import numpy as np
@@ -13,7 +11,6 @@ from effjax.core import trees
 from effjax.core.errors import CheckpointError, ConfigError
 from effjax.training import setup
 from effjax.training.dryrun import dry_run
-from effjax.training.loop import Trainer
 from effjax.training.runtime import Runtime
 
 SMALL = {'layers': 1}
@@ -34,21 +31,6 @@ def rows(workdir):
 
 def losses(workdir):
     return [(row['step'], row['stage'], row['loss']) for row in rows(workdir)]
-
-
-@pytest.fixture
-def stop_after(monkeypatch):
-    """Sends this process a signal, once, when a step's metrics arrive."""
-    record, wanted = Trainer._record, []
-
-    def wrapped(self, flight, *args):
-        record(self, flight, *args)
-        if wanted and flight.row['step'] == wanted[0]:
-            wanted.clear()
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, '_record', wrapped)
-    return wanted.append
 
 
 def test_each_stage_has_its_model_and_its_cost(tiny, tmp_path):

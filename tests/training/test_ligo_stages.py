@@ -1,8 +1,6 @@
 """The phase that learns LiGO's maps: a stage that trains, is charged, killed and resumed as any."""
 
 import json
-import os
-import signal
 
 import jax
 import numpy as np
@@ -17,7 +15,6 @@ from effjax.growth.depth import Stack
 from effjax.training import setup, stages
 from effjax.training.checkpoints import read_manifest
 from effjax.training.dryrun import dry_run
-from effjax.training.loop import Trainer
 from effjax.training.runtime import Runtime
 
 LARGE = {
@@ -45,21 +42,6 @@ def rows(workdir):
 
 def losses(workdir):
     return [(row['step'], row['stage'], row['loss']) for row in rows(workdir)]
-
-
-@pytest.fixture
-def stop_after(monkeypatch):
-    """Sends this process a signal, once, when a step's metrics arrive."""
-    record, wanted = Trainer._record, []
-
-    def wrapped(self, flight, *args):
-        record(self, flight, *args)
-        if wanted and flight.row['step'] == wanted[0]:
-            wanted.clear()
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, '_record', wrapped)
-    return wanted.append
 
 
 class Phase:

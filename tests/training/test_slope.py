@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ import pytest
 from effjax import train
 from effjax.core.errors import ConfigError
 from effjax.training.dryrun import dry_run
-from effjax.training.loop import Trainer
 from effjax.training.slope import LossSlope
 from effjax.training.stages import plan
 
@@ -102,18 +99,10 @@ def test_a_stage_ends_early_and_the_next_one_gets_the_rest(tiny, tmp_path):
 
 @pytest.mark.ci
 @pytest.mark.parametrize('step', [9, 18, 30])
-def test_an_interrupted_run_decides_alike(tiny, tmp_path, monkeypatch, step):
+def test_an_interrupted_run_decides_alike(tiny, tmp_path, stop_after, step):
     config = tiny('steps=40', stages=STAGES)
     train.run(config, tmp_path / 'whole')
-    record, wanted = Trainer._record, [step]
-
-    def wrapped(self, flight, *args):
-        record(self, flight, *args)
-        if wanted and flight.row['step'] == wanted[0]:
-            wanted.clear()
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, '_record', wrapped)
+    stop_after(step)
     assert train.run(config, tmp_path / 'cut').stopped_by == 'SIGTERM'
     train.run(config, tmp_path / 'cut')
     assert rows(tmp_path / 'cut') == rows(tmp_path / 'whole')
